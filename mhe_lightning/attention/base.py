@@ -1,0 +1,245 @@
+"""What every attention shares: argument checks, masks, causality, the KV cache and the one call to SDPA.
+
+A variant states only how queries are made (`query`), what a KV cache stores (`key_value`) and how the heads become
+the output (`merge`). Tensors are written with the paper's symbols: `B` batch, `T` queries, `S` keys, `n` heads of
+size `d`, width `D = n·d`, and `g` key-value heads (n, 1, or anything between that divides n).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Base of all variants: ``A_i = softmax(Q_i K_iᵀ / √d + mask)``, ``H_i = A_i V_i``, ``output = merge(H)``.
+
+    Args:
+        width: model width D, of the input, the context and the output.
+        n_heads: number of heads n; it must divide ``width``.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the projections have biases.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__()
+        check_divides("n_heads", n_heads, "width", width)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout ({dropout}) must be in [0, 1); 0 switches it off")
+        self.width = width
+        self.n_heads = n_heads
+        self.head_dim = width // n_heads
+        self.dropout = dropout
+        self.w_o = nn.Linear(width, width, bias=bias)
+
+    def query(self, x: Tensor) -> Tensor:
+        """Queries of all heads, (B, n, T, d), from ``x`` (B, T, D); (B, 1, T, d) where all heads share one."""
+        raise NotImplementedError(f"{type(self).__name__} must define query(x)")
+
+    def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Exactly what a KV cache stores: ``(K, V)``, each (B, g, S, d), or ``(K,)`` in a variant where V = K."""
+        raise NotImplementedError(f"{type(self).__name__} must define key_value(context)")
+
+    def merge(self, heads: Tensor) -> Tensor:
+        """Output (B, T, D) from the heads' outputs (B, n, T, d): ``[H_1 … H_n] W_O``."""
+        return self.w_o(heads.transpose(1, 2).flatten(2))
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Attend from ``x`` to ``context`` (to ``x`` itself without one).
+
+        Args:
+            x: (B, T, D), the queries' side.
+            context: (B, S, D), the keys' side, for cross-attention.
+            mask: boolean, True = may attend, broadcastable to (B, n, T, S). Key padding (B, S) is passed as
+                ``padding[:, None, None, :]``. A query that may attend to nothing gets zero from every head.
+            is_causal: query t sees keys 0 … t, counted from the start of the cache if there is one.
+            cache: keys and values of earlier calls. In self-attention those of ``x`` are appended, and S is the
+                length after that; in cross-attention the context's are computed at the first call and kept.
+
+        Returns:
+            (B, T, D).
+
+        Raises:
+            ValueError: a shape or dtype does not fit, or the cache is full.
+        """
+        self._check_inputs(x, context)
+        past = cache.length if cache is not None and context is None else 0
+        T = x.shape[1]
+        S = past + T if context is None else context.shape[1]
+        if mask is not None:
+            check_mask(mask, (x.shape[0], self.n_heads, T, S))
+            mask = mask[(None,) * (4 - mask.ndim)]  # (B or 1, n or 1, T or 1, S or 1)
+        stored = self._stored_key_value(x, context, cache)
+        k, v = stored[0], stored[-1]
+        if is_causal and (past or mask is not None):
+            mask, is_causal = with_causality(mask, T, S, past, x.device), False
+        return self.merge(self._attend(self.query(x), k, v, mask, is_causal))
+
+    def _stored_key_value(self, x: Tensor, context: Tensor | None, cache: KVCache | None) -> tuple[Tensor, ...]:
+        if cache is None:
+            return self.key_value(x if context is None else context)
+        if context is None:
+            return cache.append(*self.key_value(x))
+        if cache.length == 0:
+            cache.append(*self.key_value(context))
+        elif cache.length != context.shape[1]:
+            raise ValueError(
+                f"the cache holds {cache.length} keys but the context has {context.shape[1]}; "
+                "use a new KVCache for a new context"
+            )
+        else:
+            cache.check_batch(context.shape[0])
+        return cache.stored()
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """Heads' outputs (B, n, T, d); scores are scaled by 1/√d."""
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > q.shape[1]:
+            q = q.expand(-1, mask.shape[1], -1, -1)  # a mask per head makes different heads of one shared query
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=is_causal,
+            enable_gqa=k.shape[1] != q.shape[1],
+        )
+
+    def _split_heads(self, projected: Tensor) -> Tensor:
+        """(B, T, h·d) → (B, h, T, d)."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def _check_inputs(self, x: Tensor, context: Tensor | None) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.width:
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (B, T, {self.width})")
+        if context is not None and (
+            context.ndim != 3 or context.shape[-1] != self.width or context.shape[0] != x.shape[0]
+        ):
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}; it must be ({x.shape[0]}, S, {self.width}), "
+                "the batch size and the width of x; project a context of another width first"
+            )
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, n_heads={self.n_heads}, dropout={self.dropout}"
+
+
+class AttentionFactory(Protocol):
+    """What a model needs to build its layers' attention: one new instance per call, keyword arguments only.
+
+    The classes of this package are factories, and so is ``functools.partial`` of one. On the command line it is a
+    class path (``--model.net.attention=mhe_lightning.attention.MHE``) or a YAML file (``configs/attention/*.yaml``).
+    """
+
+    def __call__(self, *, width: int, n_heads: int) -> Attention: ...
+
+
+class KVCache:
+    """The keys and values of one attention layer, for incremental decoding.
+
+    The buffers are allocated once, at the first call, for ``max_length`` tokens and with the heads that the variant
+    stores, so that decoding neither reallocates nor copies what is there. They are written in place: use it without
+    gradients (``torch.no_grad`` or ``inference_mode``). A cache that holds a context's keys and values (cross-attention)
+    is for that context alone.
+
+    Args:
+        max_length: tokens that it can hold.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length ({max_length}) must be at least 1")
+        self.max_length = max_length
+        self.length = 0
+        self._buffers: tuple[Tensor, ...] = ()
+
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Store ``new`` tensors, each (B, g, T, d), after those held; return all that is held, (B, g, length, d)."""
+        T = new[0].shape[2]
+        end = self.length + T
+        if end > self.max_length:
+            raise ValueError(
+                f"the KV cache holds {self.length} of at most {self.max_length} tokens and cannot take {T} more; "
+                "make it with a larger max_length"
+            )
+        self.check_batch(new[0].shape[0])
+        if not self._buffers:
+            self._buffers = tuple(t.new_empty(*t.shape[:2], self.max_length, t.shape[3]) for t in new)
+        for buffer, t in zip(self._buffers, new, strict=True):
+            buffer[:, :, self.length : end] = t
+        self.length = end
+        return self.stored()
+
+    def check_batch(self, rows: int) -> None:
+        """Raise ``ValueError`` unless the cache is empty or holds a batch of ``rows``."""
+        if self._buffers and self._buffers[0].shape[0] != rows:
+            raise ValueError(
+                f"the KV cache holds a batch of {self._buffers[0].shape[0]} but the new one has {rows} rows; "
+                "use a new KVCache, or reorder this one"
+            )
+
+    def stored(self) -> tuple[Tensor, ...]:
+        """What is held, as views (B, g, length, d)."""
+        return tuple(buffer[:, :, : self.length] for buffer in self._buffers)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep the batch rows ``rows`` (a LongTensor, repeats allowed), as a beam search does after each step."""
+        self._buffers = tuple(buffer.index_select(0, rows) for buffer in self._buffers)
+
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers stored for one token of one sequence (2nd in MHA, 2d in MHE, MQA and SHA)."""
+        return sum(buffer.shape[1] * buffer.shape[3] for buffer in self._buffers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated, for the whole batch and ``max_length`` tokens."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+
+
+def check_divides(name: str, divisor: int, of: str, number: int) -> None:
+    """Raise ``ValueError`` with a remedy unless ``divisor`` is a positive divisor of a positive ``number``."""
+    if number < 1:
+        raise ValueError(f"{of} ({number}) must be at least 1")
+    if divisor < 1 or number % divisor:
+        near = [h for h in range(1, min(number, 256) + 1) if number % h == 0]
+        near = sorted(sorted(near, key=lambda h: abs(h - divisor))[:4])
+        remedy = ", ".join(map(str, near[:-1])) + f" or {near[-1]}" if len(near) > 1 else str(near[0])
+        raise ValueError(f"{name} ({divisor}) must divide {of} ({number}); try {remedy}")
+
+
+def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Raise ``ValueError`` unless ``mask`` is boolean and broadcasts to ``shape`` = (B, n, T, S)."""
+    if mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask has dtype {mask.dtype}; it must be torch.bool with True = may attend "
+            "(for an additive mask pass `additive == 0`)"
+        )
+    fits = mask.ndim <= 4 and all(m in (1, s) for m, s in zip(reversed(mask.shape), reversed(shape), strict=False))
+    if not fits:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; it must broadcast to (B, n, T, S) = {shape}; "
+            "key padding (B, S) is passed as padding[:, None, None, :]"
+        )
+
+
+def with_causality(mask: Tensor | None, T: int, S: int, past: int, device: torch.device) -> Tensor | None:
+    """``mask`` and "query t sees keys up to past + t", as one boolean mask; None where nothing is hidden."""
+    if T == 1 and past == S - 1:
+        return mask  # the newest token sees all that is cached
+    # scaled_dot_product_attention(is_causal=True) aligns the first query with the first key, which is wrong here
+    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=past)
+    return causal if mask is None else mask & causal

@@ -1,0 +1,32 @@
+"""Attention to the context as it is, without key and value projections."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mhe_lightning.attention.base import Attention
+
+
+class ELAttention(Attention):
+    """EL-attention as a trained variant: ``Q_i = x W_Q^i`` attends to ``K_i = V_i =`` the i-th d-wide slice of ``c``.
+
+    n²d² parameters besides ``W_O``, and nd numbers per token in a KV cache. This is our reading of the count n²d²
+    given in arXiv 2310.07911; it is not the lossless rewrite of MHA's inference in Yan et al. 2021 (arXiv 2105.04779),
+    which gave the name.
+
+    Args:
+        width: model width D.
+        n_heads: heads n; must divide ``width``.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the projections have biases.
+    """
+
+    def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
+        self.w_q = nn.Linear(width, width, bias=bias)
+
+    def query(self, x: Tensor) -> Tensor:
+        return self._split_heads(self.w_q(x))  # (B, n, T, d)
+
+    def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
+        return (self._split_heads(context),)  # (B, n, S, d), both K and V

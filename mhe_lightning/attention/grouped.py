@@ -1,0 +1,105 @@
+"""Attention whose heads have keys and values of their own (MHA), share them in groups (GQA), or all share (MQA, SHA)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mhe_lightning.attention.base import Attention, check_divides
+
+
+class GQA(Attention):
+    """Grouped-query attention: n query heads, ``n_kv_heads`` = g heads of keys and values.
+
+    ``Q_i = x W_Q^i``, ``K_i = c W_K^⌊ig/n⌋``, ``V_i = c W_V^⌊ig/n⌋``: n²d² + 2gnd² parameters besides ``W_O``, and
+    2gd numbers per token in a KV cache. g = n is MHA, g = 1 is MQA.
+
+    Source: Ainslie et al. 2023, *GQA*, arXiv 2305.13245.
+
+    Args:
+        width: model width D.
+        n_heads: query heads n; must divide ``width``.
+        n_kv_heads: key-value heads g; must divide ``n_heads``.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the projections have biases.
+    """
+
+    def __init__(
+        self, *, width: int, n_heads: int, n_kv_heads: int, dropout: float = 0.0, bias: bool = True
+    ) -> None:
+        super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
+        check_divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
+        self.n_kv_heads = n_kv_heads
+        self.w_q = nn.Linear(width, width, bias=bias)
+        self.w_k = nn.Linear(width, n_kv_heads * self.head_dim, bias=bias)
+        self.w_v = nn.Linear(width, n_kv_heads * self.head_dim, bias=bias)
+
+    def query(self, x: Tensor) -> Tensor:
+        return self._split_heads(self.w_q(x))  # (B, n, T, d)
+
+    def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
+        return self._split_heads(self.w_k(context)), self._split_heads(self.w_v(context))  # (B, g, S, d) each
+
+
+class MHA(GQA):
+    """Multi-head attention: every head has its own queries, keys and values. 3n²d² parameters besides ``W_O``.
+
+    Source: Vaswani et al. 2017, *Attention Is All You Need*, arXiv 1706.03762.
+
+    Args:
+        width: model width D.
+        n_heads: heads n; must divide ``width``.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the projections have biases.
+    """
+
+    def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(width=width, n_heads=n_heads, n_kv_heads=n_heads, dropout=dropout, bias=bias)
+
+
+class MQA(GQA):
+    """Multi-query attention: n query heads over one head of keys and values. n²d² + 2nd² parameters besides ``W_O``.
+
+    Source: Shazeer 2019, *Fast Transformer Decoding*, arXiv 1911.02150.
+
+    Args:
+        width: model width D.
+        n_heads: query heads n; must divide ``width``.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the projections have biases.
+    """
+
+    def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(width=width, n_heads=n_heads, n_kv_heads=1, dropout=dropout, bias=bias)
+
+
+class SHA(Attention):
+    """One head for all: ``H = softmax(x W_Q (c W_K)ᵀ / √d) c W_V`` feeds all n blocks of ``W_O``.
+
+    This is MHE without its head embeddings, the reference that MHE adds 3nd parameters to: 3nd² besides ``W_O``.
+    Attention is computed once, and ``[H … H] W_O = H Σ_i W_O^i`` likewise.
+
+    Args:
+        width: model width D.
+        n_heads: blocks n of ``W_O``; sets the head size d = D/n.
+        dropout: probability of dropping an attention weight, in training; the one head has one dropout mask.
+        bias: whether the projections have biases.
+    """
+
+    def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
+        self.w_q = nn.Linear(width, self.head_dim, bias=bias)
+        self.w_k = nn.Linear(width, self.head_dim, bias=bias)
+        self.w_v = nn.Linear(width, self.head_dim, bias=bias)
+
+    def query(self, x: Tensor) -> Tensor:
+        return self.w_q(x).unsqueeze(1)  # (B, 1, T, d)
+
+    def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
+        return self.w_k(context).unsqueeze(1), self.w_v(context).unsqueeze(1)  # (B, 1, S, d) each
+
+    def merge(self, heads: Tensor) -> Tensor:
+        if heads.shape[1] > 1:  # a mask per head was given: the heads differ
+            return super().merge(heads)
+        blocks = self.w_o.weight.unflatten(1, (self.n_heads, self.head_dim))  # (D, n, d)
+        return F.linear(heads.squeeze(1), blocks.sum(1), self.w_o.bias)

@@ -1,0 +1,34 @@
+"""Attention whose values are its keys."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mhe_lightning.attention.base import Attention
+
+
+class SKV(Attention):
+    """Shared key-value attention: ``V_i = K_i = c W_KV^i``.
+
+    2n²d² parameters besides ``W_O``, and nd numbers per token in a KV cache. The bias of ``W_KV`` cancels in the
+    softmax as a key's bias and acts as a value's bias.
+
+    Source: Kitaev et al. 2020, *Reformer* (shared projections), arXiv 2001.04451; compared in arXiv 2310.07911.
+
+    Args:
+        width: model width D.
+        n_heads: heads n; must divide ``width``.
+        dropout: probability of dropping an attention weight, in training.
+        bias: whether the projections have biases.
+    """
+
+    def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
+        self.w_q = nn.Linear(width, width, bias=bias)
+        self.w_kv = nn.Linear(width, width, bias=bias)
+
+    def query(self, x: Tensor) -> Tensor:
+        return self._split_heads(self.w_q(x))  # (B, n, T, d)
+
+    def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
+        return (self._split_heads(self.w_kv(context)),)  # (B, n, S, d), both K and V

@@ -1,0 +1,89 @@
+"""When checkpoints are written, and which are kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from mhe_lightning.checkpoint import CHECKSUM, SUFFIX, resumable_checkpoints
+
+
+class Checkpoints(Checkpoint):
+    """Writes ``checkpoints/step=….ckpt`` to resume from and ``best-step=….ckpt`` to use.
+
+    At most ``keep`` + 1 files are left (and one more while writing).
+
+    Args:
+        every_n_steps: optimizer steps between two checkpoints; the last step is always saved.
+        keep: how many of the newest to keep.
+        monitor: the metric that the best checkpoint has the lowest value of; null keeps no best one.
+    """
+
+    def __init__(self, every_n_steps: int = 500, keep: int = 2, monitor: str | None = "val/loss") -> None:
+        super().__init__()
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps ({every_n_steps}) must be at least 1")
+        if keep < 1:
+            raise ValueError(f"keep ({keep}) must be at least 1: a run that keeps none cannot be resumed")
+        self.every_n_steps = every_n_steps
+        self.keep = keep
+        self.monitor = monitor
+        self.best: float | None = None
+        self._step_before = 0
+        self._saved_step = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_step = trainer.global_step  # nothing new to save yet
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped = trainer.global_step > self._step_before  # never in the middle of an accumulation
+        if stepped and trainer.global_step % self.every_n_steps == 0:
+            self._save_newest(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._saved_step:
+            self._save_newest(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or self.monitor is None:
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is None or (self.best is not None and not float(value) < self.best):
+            return
+        self.best = float(value)
+        path = self._folder(trainer) / f"best-step={trainer.global_step:08d}{SUFFIX}"
+        trainer.save_checkpoint(path)
+        _prune(trainer, [old for old in path.parent.glob(f"best-step=*{SUFFIX}") if old != path])
+
+    def _save_newest(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}")
+        self._saved_step = trainer.global_step
+        _prune(trainer, resumable_checkpoints(self._folder(trainer))[: -self.keep])
+
+    @staticmethod
+    def _folder(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def _prune(trainer: Trainer, paths: list[Path]) -> None:
+    if trainer.is_global_zero:
+        for path in paths:
+            path.with_name(path.name + CHECKSUM).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)

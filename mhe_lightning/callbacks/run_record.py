@@ -1,0 +1,138 @@
+"""What a run leaves about itself: its config in every checkpoint, and results.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+import mhe_lightning
+from mhe_lightning.accounting import parameters_by_part
+from mhe_lightning.callbacks.throughput import Throughput
+from mhe_lightning.checkpoint import FORMAT_VERSION, RECORD
+from mhe_lightning.files import write_text
+
+RESULTS = "results.json"
+PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "tokenizers", "numpy")
+
+
+class RunRecord(Callback):
+    """Adds the format version and the config to checkpoints, and writes ``results.json`` when a verb has ended.
+
+    Args:
+        config: the resolved experiment config, YAML.
+        seed: the run's seed.
+    """
+
+    def __init__(self, config: str, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+        self.wall_seconds = 0.0
+        self._begun = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"wall_seconds": self._wall()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.wall_seconds = state_dict["wall_seconds"]
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[RECORD] = {"format_version": FORMAT_VERSION, "config": self.config}
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        timing = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+        tokens = int(getattr(pl_module, "tokens_seen", 0))
+        data = getattr(trainer, "datamodule", None)
+        update_results(
+            Path(trainer.default_root_dir),
+            {
+                "metrics": _metrics(trainer),
+                "steps": trainer.global_step,
+                "parameters": parameters_by_part(pl_module.net),  # type: ignore[arg-type]
+                "tokens_seen": tokens,
+                "wall_seconds": round(self._wall(), 3),
+                "training_seconds": round(timing.training_seconds, 3),
+                "tokens_per_second": round(tokens / max(timing.training_seconds, 1e-9), 1),
+                "peak_memory_bytes": peak_memory_bytes(),
+                "data": data.describe() if hasattr(data, "describe") else {},
+                "seed": self.seed,
+                "world_size": trainer.world_size,
+                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "versions": versions(),
+                "git_commit": git_commit(),
+                "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
+            },
+        )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.training and trainer.is_global_zero:
+            update_results(Path(trainer.default_root_dir), {"metrics": _metrics(trainer)})
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            update_results(Path(trainer.default_root_dir), {"metrics": _metrics(trainer)})
+
+    def _wall(self) -> float:
+        return self.wall_seconds + time.perf_counter() - self._begun
+
+
+def update_results(folder: Path, new: dict[str, Any]) -> None:
+    """Merge ``new`` into the run's results.json; metrics are merged one by one."""
+    path = folder / RESULTS
+    old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    metrics = {**old.get("metrics", {}), **new.get("metrics", {})}
+    write_text(path, json.dumps({**old, **new, "metrics": metrics}, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the packages at its core."""
+    found = {"python": sys.version.split()[0], "mhe_lightning": mhe_lightning.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that the package runs from, marked if files differ from it; None outside of one."""
+    folder = Path(mhe_lightning.__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip()
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    return {k: float(v) for k, v in sorted(trainer.callback_metrics.items()) if "/" in k}

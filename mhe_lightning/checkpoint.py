@@ -1,0 +1,127 @@
+"""Checkpoints: atomic, checksummed, versioned, and never unpickled."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from mhe_lightning.files import atomic_write, sha256, write_text
+
+FORMAT_VERSION = 1
+RECORD = "mhe_lightning"
+"""Key of what we add to a Lightning checkpoint: the format version and the run's config."""
+
+SUFFIX = ".ckpt"
+CHECKSUM = ".sha256"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged or of an unknown format."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint completely or not at all, with a checksum beside it; reads tensors and plain data only."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        path = Path(path)
+        with atomic_write(path) as file:
+            torch.save(checkpoint, file)
+        # the checksum comes second: a checkpoint that lost it in a crash counts as not finished
+        write_text(path.with_name(path.name + CHECKSUM), sha256(path) + "\n")
+
+    def load_checkpoint(
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = lambda storage, location: storage,
+        weights_only: bool | None = True,
+    ) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        path = Path(path)
+        path.with_name(path.name + CHECKSUM).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint to the CPU, tensors and plain data only.
+
+    Raises:
+        CheckpointError: there is no such file, it fails its checksum, cannot be read, or is of an unknown format.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    if problem := damage(path):
+        raise CheckpointError(f"checkpoint {path} {problem}; use an earlier one")
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read as tensors and plain data: {error}") from error
+    version = checkpoint.get(RECORD, {}).get("format_version") if isinstance(checkpoint, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"checkpoint {path} has format version {version}; this version of mhe_lightning reads {FORMAT_VERSION}"
+        )
+    return checkpoint
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file by its checksum, or None."""
+    checksum = path.with_name(path.name + CHECKSUM)
+    if not checksum.is_file():
+        return f"has no checksum file {checksum.name}, so it was not written completely"
+    if checksum.read_text(encoding="utf-8").strip() != sha256(path):
+        return "does not match its checksum: it is truncated or damaged"
+    return None
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step in a checkpoint's name (``step=00000200.ckpt``), -1 if it has none."""
+    match = re.search(r"step=(\d+)", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def resumable_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run to resume from, oldest first, valid or not."""
+    return sorted(folder.glob(f"step=*{SUFFIX}"), key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in ``folder`` that passes its checksum; a damaged one is skipped with a warning."""
+    for path in reversed(resumable_checkpoints(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path
+        rank_zero_warn(f"skipping checkpoint {path}: it {problem}")
+    return None
+
+
+def run_of(path: Path) -> tuple[Path, Path]:
+    """The run directory and the checkpoint that a user's ``RUN_OR_CKPT`` means.
+
+    Raises:
+        CheckpointError: it is neither a run directory with a checkpoint nor a checkpoint file.
+    """
+    if path.is_dir():
+        checkpoint = newest_checkpoint(path / "checkpoints")
+        if checkpoint is None:
+            raise CheckpointError(f"{path} holds no complete checkpoint in checkpoints/; train one with `fit`")
+        return path, checkpoint
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; give a run directory or a checkpoint file")
+    return path.resolve().parent.parent, path
+
+
+def config_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The experiment config that a checkpoint was trained with."""
+    config: dict[str, Any] = yaml.safe_load(checkpoint[RECORD]["config"])
+    return config

@@ -1,0 +1,63 @@
+"""The command line: `fit`, `validate`, `test` and `predict` through LightningCLI, and the verbs beside them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from mhe_lightning import __version__
+from mhe_lightning.verbs import UserError
+
+USAGE = """\
+usage: python train.py VERB [options]      (or: mhe VERB [options])
+
+Train and use transformers with any attention.
+
+  fit            train a model                          --config configs/quickstart.yaml
+  validate       score a checkpoint on the validation split
+  test           score a checkpoint on the test split
+  predict        write a checkpoint's predictions
+  prepare        tokenise and pack a config's corpus, before `fit` on several processes
+  generate       continue texts with a trained decoder  generate runs/quickstart
+  verify-resume  prove from a checkpoint that no training row was skipped or repeated
+
+Every verb explains its options with --help.
+"""
+
+VERBS = {
+    "fit": "train",
+    "validate": "train",
+    "test": "train",
+    "predict": "train",
+    "prepare": "prepare",
+    "generate": "generate",
+    "verify-resume": "verify_resume",
+}
+"""Verb → its module in `mhe_lightning.verbs`, imported when it is asked for (lightning takes seconds)."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `train.py` and the `mhe` command. Exits with 0 done, 1 error, 2 bad config or arguments."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        sys.exit(0 if args else 2)
+    if args[0] == "--version":
+        print(__version__)
+        return
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        _fail(f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}")
+    try:
+        import_module(f"mhe_lightning.verbs.{VERBS[verb]}").main(verb, rest)
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,7 @@
+"""LightningDataModules: corpora to batches, exactly resumable."""
+
+from mhe_lightning.data.base import ExactDataModule, verify_certificate
+from mhe_lightning.data.corpus import CorpusSpec
+from mhe_lightning.data.language_modeling import LanguageModelingData
+
+__all__ = ["CorpusSpec", "ExactDataModule", "LanguageModelingData", "verify_certificate"]

@@ -1,0 +1,247 @@
+"""What all data modules share: exactly resumable training batches, and evaluation that sees every row once."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mhe_lightning.data.sampler import (
+    EvaluationSampler,
+    RowOrder,
+    TrainingSampler,
+    extend_chain,
+    replay_chain,
+    rows_per_rank,
+)
+
+Batch = dict[str, Any]
+
+
+class ExactDataModule(LightningDataModule):
+    """Base of the data modules whose training rows are a function of (seed, position) alone.
+
+    A subclass offers map-style data sets. This class makes their loaders, counts the rows *trained* (not loaded ahead)
+    and keeps the resume certificate: per rank, a hash chain over the ids of the rows it trained on, in segments of
+    constant world size and batch size. `verify_certificate` replays it.
+
+    Args:
+        batch_size: training rows per micro-batch over all ranks; the number of ranks must divide it, so that the same
+            config trains on the same rows with any number of them.
+        eval_batch_size: likewise for evaluation; ``batch_size`` if not given.
+        num_workers: worker processes of each loader.
+        seed: of the order of the rows.
+        shuffle: whether training rows are permuted anew each epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size is not None and size < 1:
+                raise ValueError(f"{name} ({size}) must be at least 1")
+        if num_workers < 0:
+            raise ValueError(f"num_workers ({num_workers}) must not be negative; 0 loads in the main process")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.shuffle = shuffle
+        self.consumed = 0
+        self._segments: list[dict[str, Any]] = []
+        self._untallied: list[Tensor] = []
+
+    # What a subclass defines
+
+    @property
+    @abstractmethod
+    def prepared(self) -> bool:
+        """Whether the data lie ready, so that `fit` need not make them."""
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make the data ready on disk; in one process, before training."""
+
+    @abstractmethod
+    def dataset(self, split: str) -> Dataset[Batch]:
+        """Map-style data set of "train", "validation" or "test", with a length; row -1 must count for nothing."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Identifies the training rows: equal fingerprints mean equal rows."""
+
+    # Loaders
+
+    def setup(self, stage: str) -> None:
+        if not self.prepared:
+            raise ValueError(
+                f"{type(self).__name__}: the data are not prepared; run the `prepare` command with the same "
+                "config first, or call prepare() in one process"
+            )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        rank, world_size = self._rank_and_world()
+        self._begin_segment(rank, world_size)
+        dataset = self.dataset("train")
+        sampler = TrainingSampler(
+            self._order(), batch_size=self.batch_size, rank=rank, world_size=world_size, start=self.consumed
+        )
+        return self._loader(dataset, sampler)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
+        rank, world_size = self._rank_and_world()
+        dataset = self.dataset(split)
+        n_rows = len(dataset)  # type: ignore[arg-type]
+        size = -(-self.eval_batch_size // world_size) * world_size  # batch shapes are free here: round up
+        sampler = EvaluationSampler(n_rows, batch_size=size, rank=rank, world_size=world_size)
+        return self._loader(dataset, sampler)
+
+    def _loader(self, dataset: Dataset[Batch], sampler: TrainingSampler | EvaluationSampler) -> DataLoader[Batch]:
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _order(self) -> RowOrder:
+        n_rows = len(self.dataset("train"))  # type: ignore[arg-type]
+        return RowOrder(n_rows, self.seed, self.shuffle)
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        """Among the ranks that see different data (tensor-parallel ranks share theirs)."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
+
+    # Exact resume
+
+    @property
+    def micro_batches(self) -> int:
+        """Global micro-batches trained so far, over all resumes."""
+        return self.consumed // self.batch_size
+
+    def mark_trained(self, rows: Tensor) -> None:
+        """Count one global micro-batch as trained; ``rows`` are the ids of this rank's rows."""
+        self._untallied.append(rows)  # hashed when a checkpoint is written, so that no step waits for a device
+        self.consumed += self.batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        self._tally()
+        rank, _ = self._rank_and_world()
+        segments = [dict(segment) for segment in self._segments]
+        if segments:
+            segments[-1]["digests"] = _gather_digests(rank, segments[-1]["digests"])
+        return {
+            "consumed": self.consumed,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "n_rows": self._order().n_rows,
+            "fingerprint": self.fingerprint(),
+            "segments": segments,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["fingerprint"] != self.fingerprint():
+            raise ValueError(
+                f"the checkpoint was trained on data {state_dict['fingerprint']}, but these are "
+                f"{self.fingerprint()}; resume with the same corpus, tokenizer and block length, or start a new run"
+            )
+        for name in ("seed", "shuffle"):
+            if state_dict[name] != getattr(self, name):
+                raise ValueError(
+                    f"the checkpoint's row order has {name}={state_dict[name]}, the config says "
+                    f"{getattr(self, name)}; resume with {name} {state_dict[name]}, or start a new run"
+                )
+        self.consumed = state_dict["consumed"]
+        self._segments = [dict(segment) for segment in state_dict["segments"]]
+        self._untallied = []
+
+    def _begin_segment(self, rank: int, world_size: int) -> None:
+        rows_per_rank(self.batch_size, world_size)
+        last = self._segments[-1] if self._segments else None
+        shape = {"world_size": world_size, "batch_size": self.batch_size}
+        if last is None or any(last[key] != value for key, value in shape.items()):
+            digests = {str(r): "" for r in range(world_size)}
+            self._segments.append({**shape, "start": self.consumed, "stop": self.consumed, "digests": digests})
+
+    def _tally(self) -> None:
+        if not self._segments:
+            return
+        rank, _ = self._rank_and_world()
+        segment = self._segments[-1]
+        digest = segment["digests"][str(rank)]
+        for rows in self._untallied:
+            digest = extend_chain(digest, rows.tolist())
+        segment["digests"] = {**segment["digests"], str(rank): digest}
+        segment["stop"] = self.consumed
+        self._untallied = []
+
+
+def verify_certificate(state: Mapping[str, Any]) -> int:
+    """Check a checkpoint's resume certificate against the order that its seed defines.
+
+    Args:
+        state: the data module's state in a checkpoint.
+
+    Returns:
+        The number of rows trained, each exactly as often and in the order that (seed, rows) define.
+
+    Raises:
+        ValueError: a segment is missing, overlaps, or a digest differs: rows were skipped, repeated or reordered.
+    """
+    order = RowOrder(state["n_rows"], state["seed"], state["shuffle"])
+    position = 0
+    for segment in state["segments"]:
+        if segment["start"] != position:
+            raise ValueError(f"the segment after row {position} of the stream starts at row {segment['start']}")
+        for rank in range(segment["world_size"]):
+            expected = replay_chain(
+                order,
+                batch_size=segment["batch_size"],
+                rank=rank,
+                world_size=segment["world_size"],
+                start=segment["start"],
+                stop=segment["stop"],
+            )
+            if segment["digests"].get(str(rank)) != expected:
+                raise ValueError(
+                    f"rank {rank} did not train rows {segment['start']} to {segment['stop']} of the stream in order: "
+                    f"its digest is {segment['digests'].get(str(rank))}, the replay gives {expected}"
+                )
+        position = segment["stop"]
+    if position != state["consumed"]:
+        raise ValueError(f"the certificate ends at row {position}, but {state['consumed']} rows count as trained")
+    return position
+
+
+def _gather_digests(rank: int, digests: Mapping[str, str]) -> dict[str, str]:
+    """Every rank's own digest; a collective call where there are several."""
+    own = {str(rank): digests[str(rank)]}
+    if not (dist.is_available() and dist.is_initialized()):
+        return own
+    gathered: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    return {key: value for part in gathered for key, value in sorted(part.items())}

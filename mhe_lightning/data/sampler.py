@@ -1,0 +1,134 @@
+"""Which rows a rank sees at a step: a pure function of (seed, epoch, position, rank, world size).
+
+The training rows form one infinite stream: a permutation of all rows per epoch, one after another. Position p of the
+stream is row ``permutation(seed, p // rows)[p % rows]``. A global batch is the next ``batch_size`` positions, of which
+every rank takes its slice, so the rows of a step depend neither on the number of ranks nor on workers, and a run goes
+on from any position without replaying anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+PADDING_ROW = -1
+"""Stands for no row: it evens out the ranks' batches in evaluation, and must count for nothing."""
+
+
+class RowOrder:
+    """The infinite stream of training rows.
+
+    Args:
+        n_rows: rows of the training set.
+        seed: of the permutations.
+        shuffle: whether rows are permuted; False repeats them in their own order.
+    """
+
+    def __init__(self, n_rows: int, seed: int, shuffle: bool = True) -> None:
+        if n_rows < 1:
+            raise ValueError(f"n_rows ({n_rows}) must be at least 1")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed ({seed}) must be in [0, 2³²)")
+        self.n_rows = n_rows
+        self.seed = seed
+        self.shuffle = shuffle
+        self._permutation: tuple[int, np.ndarray] | None = None
+
+    def rows(self, start: int, count: int) -> np.ndarray:
+        """Row ids (count,) at the positions start … start + count - 1 of the stream."""
+        parts = []
+        while count > 0:
+            epoch, offset = divmod(start, self.n_rows)
+            part = self._epoch(epoch)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._permutation is None or self._permutation[0] != epoch:
+            order = np.arange(self.n_rows, dtype=np.int64)
+            if self.shuffle:
+                # RandomState's streams are frozen across numpy versions, those of Generator are not
+                np.random.RandomState([self.seed, epoch]).shuffle(order)
+            self._permutation = (epoch, order)
+        return self._permutation[1]
+
+
+class TrainingSampler(Sampler[list[int]]):
+    """Batch sampler that never ends: this rank's rows of one global batch after another.
+
+    Args:
+        order: the stream of rows.
+        batch_size: rows of a global batch, over all ranks; ``world_size`` must divide it.
+        rank: this rank.
+        world_size: ranks that share each batch.
+        start: position of the stream to begin at.
+    """
+
+    def __init__(
+        self, order: RowOrder, *, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0
+    ) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.per_rank = rows_per_rank(batch_size, world_size)
+        self.rank = rank
+        self.start = start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.start + self.rank * self.per_rank
+        while True:
+            yield self.order.rows(position, self.per_rank).tolist()
+            position += self.batch_size
+
+
+class EvaluationSampler(Sampler[list[int]]):
+    """Batch sampler that gives every row once, to one rank; all ranks get equally many batches.
+
+    Rank r takes rows r, r + world_size, …; short ranks are filled up with `PADDING_ROW`, since sharded models need
+    every rank at every step.
+    """
+
+    def __init__(self, n_rows: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.n_rows = n_rows
+        self.per_rank = rows_per_rank(batch_size, world_size)
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        rows = -(-self.n_rows // self.world_size)
+        return -(-rows // self.per_rank)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = list(range(self.rank, self.n_rows, self.world_size))
+        rows += [PADDING_ROW] * (-(-self.n_rows // self.world_size) - len(rows))
+        for i in range(0, len(rows), self.per_rank):
+            yield rows[i : i + self.per_rank]
+
+
+def rows_per_rank(batch_size: int, world_size: int) -> int:
+    """``batch_size / world_size``, or ``ValueError`` with a remedy."""
+    if batch_size < 1 or batch_size % world_size:
+        above = max(world_size, -(-batch_size // world_size) * world_size)
+        raise ValueError(
+            f"batch_size ({batch_size}) counts the rows of all {world_size} ranks and must be a multiple of "
+            f"{world_size}; try {above}"
+        )
+    return batch_size // world_size
+
+
+def extend_chain(digest: str, rows: Sequence[int]) -> str:
+    """The next link of the hash chain over trained rows: ``sha256(digest, rows)``, as a hex digest."""
+    data = bytes.fromhex(digest) + np.asarray(rows, dtype="<i8").tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def replay_chain(order: RowOrder, *, batch_size: int, rank: int, world_size: int, start: int, stop: int) -> str:
+    """The digest that ``rank`` must have reached after training the positions ``start`` … ``stop - 1``."""
+    sampler = TrainingSampler(order, batch_size=batch_size, rank=rank, world_size=world_size, start=start)
+    digest = ""
+    for _, rows in zip(range(start, stop, batch_size), sampler, strict=False):
+        digest = extend_chain(digest, rows)
+    return digest

@@ -1,0 +1,6 @@
+"""Transformers from scratch, as plain ``torch.nn.Module``s that take any attention."""
+
+from mhe_lightning.models.decoder import Decoder
+from mhe_lightning.models.generation import generate
+
+__all__ = ["Decoder", "generate"]

@@ -1,0 +1,74 @@
+"""Run directories: `<root>/<name>/` with config.yaml, metrics.csv, checkpoints/ and results.json."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from mhe_lightning.checkpoint import newest_checkpoint, resumable_checkpoints, step_of
+
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.json"
+LOCK = ".lock"
+
+
+def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
+    """``auto`` becomes the newest complete checkpoint of the run, or None; anything else stays as it is."""
+    if ckpt_path != "auto":
+        return ckpt_path
+    newest = newest_checkpoint(folder / "checkpoints")
+    return None if newest is None else str(newest)
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Give a new run the name of an earlier one: the earlier moves to ``<name>.1`` (or the next free number).
+
+    Returns:
+        Where it went; None if there was nothing.
+    """
+    if not folder.is_dir() or not any(p.name != LOCK for p in folder.iterdir()):
+        return None
+    number = 1
+    while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(moved)
+    return moved
+
+
+def lock(folder: Path) -> TextIO:
+    """Hold the run for this process, until the file that is returned is closed.
+
+    Raises:
+        ValueError: another process of this machine is writing to it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 - held for the life of the process
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        raise ValueError(
+            f"{folder} is being written by process {file.read().strip() or '?'}; wait for it, or choose another --name"
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def last_step(folder: Path) -> int:
+    """The optimizer step of the newest checkpoint in a run, -1 without one."""
+    return max((step_of(path) for path in resumable_checkpoints(folder / "checkpoints")), default=-1)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """The keys at which two configs differ, as (dotted key, old, new)."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [(prefix, old, new)]
+    found = []
+    for key in sorted({*old, *new}):
+        path = f"{prefix}.{key}" if prefix else str(key)
+        found += differences(old.get(key), new.get(key), path)
+    return found

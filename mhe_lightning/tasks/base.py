@@ -1,0 +1,192 @@
+"""What every task shares: the optimizer, its schedule, and losses normalised by the targets of the whole batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from mhe_lightning.distributed import parallelize
+
+Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
+
+
+class Task(LightningModule):
+    """An objective over a net, trained with AdamW.
+
+    The gradient of an optimizer step is that of the loss summed over all targets of the global batch, divided by their
+    number, whatever they are split into: k micro-batches of b rows, on any number of ranks, give what one of k·b gives.
+
+    Weight decay falls on the weight matrices of linear layers only, never on biases, norms, embeddings (so neither on
+    an output projection tied to one) or head embeddings, which decay would pull towards a single head.
+
+    Args:
+        net: the model.
+        max_steps: optimizer steps that the schedule spans; linked to ``trainer.max_steps``.
+        lr: peak learning rate.
+        schedule: how the learning rate falls after the warm-up: "cosine" or "linear" to ``final_lr_ratio`` at
+            ``max_steps``, "inverse_sqrt" (1/√step), or "constant".
+        warmup_steps: steps over which the learning rate rises linearly from 0.
+        final_lr_ratio: the last learning rate as a fraction of ``lr`` (cosine and linear).
+        betas: AdamW's decay rates of the gradient's mean and square.
+        eps: AdamW's ε.
+        weight_decay: AdamW's decoupled weight decay.
+        decay_also: patterns of further parameter names that decay, such as ``*.attention.e_*`` for head embeddings.
+        compile: compile each block with torch.compile.
+        activation_checkpointing: recompute each block's activations in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        max_steps: int,
+        lr: float = 1e-3,
+        schedule: Schedule = "cosine",
+        warmup_steps: int = 0,
+        final_lr_ratio: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        decay_also: Sequence[str] = (),
+        compile: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise ValueError(f"lr ({lr}) must be positive")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay ({weight_decay}) must not be negative; 0 switches it off")
+        if schedule in ("cosine", "linear") and max_steps < 1:
+            raise ValueError(
+                f"schedule {schedule!r} needs to know its end: set --trainer.max_steps (now {max_steps}) to at least 1"
+            )
+        self.learning_rate = learning_rate_schedule(
+            schedule, max_steps=max_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio
+        )
+        self.net = net
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.decay_also = tuple(decay_also)
+        self.compile_blocks = compile
+        self.activation_checkpointing = activation_checkpointing
+        self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long))
+        self.tokens_seen: Tensor
+        self._window: list[tuple[Tensor, Tensor]] = []
+
+    def configure_model(self) -> None:
+        parallelize(
+            self.net, compile=self.compile_blocks, activation_checkpointing=self.activation_checkpointing
+        )
+
+    # Optimizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        decayed, others = self._parameter_groups()
+        return torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            fused=True,
+        )
+
+    def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        embeddings = {id(m.weight) for m in self.net.modules() if isinstance(m, nn.Embedding)}
+        matrices = {id(m.weight) for m in self.net.modules() if isinstance(m, nn.Linear)} - embeddings
+        decayed, others = [], []
+        for name, parameter in self.net.named_parameters():
+            decays = id(parameter) in matrices or any(fnmatchcase(name, p) for p in self.decay_also)
+            (decayed if decays else others).append(parameter)
+        return decayed, others
+
+    def on_train_start(self) -> None:
+        # a resumed optimizer brings its old settings along; those of this run's config win
+        for optimizer in self.trainer.optimizers:
+            for group, decay in zip(optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
+                group.update(betas=self.betas, eps=self.eps, weight_decay=decay)
+
+    # Training
+
+    def accumulate(self, loss: Tensor, targets: Tensor) -> Tensor:
+        """Take one micro-batch into the step's mean.
+
+        Args:
+            loss: the loss summed over the micro-batch's targets.
+            targets: how many there are, an integer scalar.
+
+        Returns:
+            What ``training_step`` returns.
+        """
+        self._window.append((loss.detach(), targets))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        loss = torch.stack([loss.double() for loss, _ in self._window]).sum()
+        targets = torch.stack([targets for _, targets in self._window]).sum()
+        self._window = []
+        totals = all_reduce_sum(torch.stack([loss, targets.double()]))
+        # the gradient now is that of the sum over this rank's targets, over micro-batches and averaged over ranks
+        # (Lightning divides by the former, data parallelism by the latter)
+        scale = self.trainer.accumulate_grad_batches * _data_parallel_size(self) / totals[1]
+        for parameter in self.net.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+        rate = self.lr * self.learning_rate(self.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        self.tokens_seen += totals[1].long()
+        mean = totals[0] / totals[1]
+        self.log("train/loss", mean, prog_bar=True)
+        self.log_dict({"lr": rate, "tokens_seen": self.tokens_seen.float(), "step": float(self.global_step + 1)})
+
+
+def learning_rate_schedule(
+    schedule: Schedule, *, max_steps: int, warmup_steps: int, final_ratio: float
+) -> Callable[[int], float]:
+    """The learning rate of step s (from 0) as a fraction of its peak. A pure function of the step: it has no state.
+
+    Raises:
+        ValueError: an unknown schedule, or a number out of range.
+    """
+    if schedule not in ("cosine", "linear", "inverse_sqrt", "constant"):
+        raise ValueError(f"schedule ({schedule!r}) must be 'cosine', 'linear', 'inverse_sqrt' or 'constant'")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps ({warmup_steps}) must not be negative; 0 starts at the peak")
+    if not 0 <= final_ratio <= 1:
+        raise ValueError(f"final_lr_ratio ({final_ratio}) must be in [0, 1]")
+
+    def ratio(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if schedule == "constant":
+            return 1.0
+        if schedule == "inverse_sqrt":
+            return math.sqrt(max(warmup_steps, 1) / (step + 1))
+        progress = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
+        fall = (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress
+        return final_ratio + (1 - final_ratio) * fall
+
+    return ratio
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """``values`` summed over all ranks; as they are in one process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def _data_parallel_size(task: LightningModule) -> int:
+    kwargs: dict[str, Any] | None = task.trainer.distributed_sampler_kwargs
+    return kwargs["num_replicas"] if kwargs else 1

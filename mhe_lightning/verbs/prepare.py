@@ -1,0 +1,31 @@
+"""`prepare`: tokenise and pack the corpus of an experiment config."""
+
+from __future__ import annotations
+
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningDataModule
+
+from mhe_lightning.data import ExactDataModule
+from mhe_lightning.verbs import UserError
+from mhe_lightning.verbs.parsing import Parser, as_user_error
+
+
+def main(verb: str, args: list[str]) -> None:
+    parser = Parser(prog="train.py prepare", description="Tokenise and pack the corpus of an experiment config.")
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="An experiment's YAML; may be repeated.")
+    parser.add_subclass_arguments(LightningDataModule, "data", required=True, help="The data module to prepare.")
+    parser.add_argument("--seed_everything", type=int, default=1, help="The run's seed.")
+    parser.link_arguments("seed_everything", "data.init_args.seed")
+    for key in ("model", "trainer", "checkpoints", "samples"):
+        parser.add_argument(f"--{key}", type=dict, help="Accepted, so that a whole config fits; not used.")
+    for key in ("name", "ckpt_path", "weights_only"):
+        parser.add_argument(f"--{key}", help="Accepted, so that a whole config fits; not used.")
+    try:
+        data = parser.instantiate_classes(parser.parse_args(args)).data
+        if not isinstance(data, ExactDataModule):
+            raise UserError(f"{type(data).__name__} has nothing to prepare")
+        data.prepare()
+    except ValueError as error:
+        raise as_user_error(error) or error from error
+    for name, value in data.describe().items():
+        print(f"{name}: {value}")

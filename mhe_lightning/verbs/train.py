@@ -1,0 +1,228 @@
+"""`fit`, `validate`, `test` and `predict`: LightningCLI over the run directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from mhe_lightning import run
+from mhe_lightning.callbacks import (
+    Checkpoints,
+    ExactResume,
+    PlainProgress,
+    Predictions,
+    RunRecord,
+    Samples,
+    Throughput,
+)
+from mhe_lightning.checkpoint import AtomicCheckpointIO, config_of, read_checkpoint
+from mhe_lightning.data import ExactDataModule
+from mhe_lightning.files import write_text
+from mhe_lightning.loggers import MetricsCSV
+from mhe_lightning.verbs import UserError
+from mhe_lightning.verbs.parsing import Parser, as_user_error
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "runs",
+    "use_distributed_sampler": False,  # the data modules shard exactly; Lightning's sampler would pad and reorder
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,  # training data have no end, so validation counts batches
+    "log_every_n_steps": 10,
+}
+
+
+def main(verb: str, args: list[str]) -> None:
+    _quieten()
+    try:
+        TrainCLI(verb, args)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except ValueError as error:
+        if user_error := as_user_error(error):
+            raise user_error from error
+        raise
+
+
+class TrainCLI(LightningCLI):
+    """One run: parses the config, prepares missing data, builds everything, and keeps the run directory.
+
+    Args:
+        verb: "fit", "validate", "test" or "predict".
+        args: what follows the verb on the command line.
+    """
+
+    def __init__(self, verb: str, args: list[str]) -> None:
+        sys.argv[1:] = [verb, *args]  # Lightning launches the other processes of a host with this command line
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,
+            seed_everything_default=1,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            trainer_defaults=TRAINER_DEFAULTS,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--name", type=str, default="run", help="Name of the run: its folder in trainer.default_root_dir."
+        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(Samples, "samples")
+        parser.link_arguments("data.vocab_size", "model.init_args.net.init_args.vocab_size", apply_on="instantiate")
+        parser.link_arguments("trainer.max_steps", "model.init_args.max_steps")
+        parser.link_arguments("seed_everything", "data.init_args.seed")
+
+    # Before anything is built
+
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.subcommand]
+        self.folder = Path(options.trainer.default_root_dir) / options.name
+        if self.subcommand == "fit":
+            self._prepare_data(options)
+            self._claim(options)
+        else:
+            options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
+            if options.ckpt_path is None:
+                raise UserError(
+                    f"{self.subcommand} needs a trained model: give --ckpt_path, a file or 'auto' for the newest "
+                    f"checkpoint in {self.folder}"
+                )
+        self._compare_with_checkpoint(options)
+
+    def _prepare_data(self, options: Namespace) -> None:
+        """Make missing data, but never in a group of processes, where the others would time out waiting."""
+        parser = Parser()
+        parser.add_subclass_arguments(LightningDataModule, "data")
+        data = parser.instantiate_classes(Namespace(data=options.data)).data
+        if not isinstance(data, ExactDataModule) or data.prepared:
+            return
+        if _launched_processes() > 1:
+            raise UserError(
+                "the data are not prepared, which takes one process; run `python train.py prepare` with the same "
+                "--config and data options first"
+            )
+        data.prepare()
+
+    def _claim(self, options: Namespace) -> None:
+        """Take the run directory, or go on with the run in it."""
+        wants_newest = options.ckpt_path == "auto"
+        options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
+        if rank_zero_only.rank != 0:
+            return
+        self._lock = run.lock(self.folder)
+        if wants_newest and options.ckpt_path is not None:
+            print(f"going on from {options.ckpt_path}", flush=True)
+            return
+        if options.ckpt_path is not None and self.folder in Path(options.ckpt_path).parents:
+            return
+        step = run.last_step(self.folder)
+        moved = run.set_aside(self.folder)
+        if moved is not None:
+            self._lock = run.lock(self.folder)
+            print(
+                f"the earlier run in {self.folder} (step {max(step, 0)}) is kept as {moved}; "
+                "to go on with it instead: --ckpt_path auto --name " + moved.name,
+                flush=True,
+            )
+
+    def _compare_with_checkpoint(self, options: Namespace) -> None:
+        """The command line wins over the checkpoint; say where they differ."""
+        if options.ckpt_path is None:
+            return
+        old = config_of(read_checkpoint(Path(options.ckpt_path)))
+        new = yaml.safe_load(self._config_text())
+        for key in ("config", "ckpt_path", "name"):
+            old.pop(key, None)
+            new.pop(key, None)
+        for key, before, after in run.differences(old, new):
+            print(f"{key}: {before} in the checkpoint, {after} now", flush=True)
+
+    def _config_text(self) -> str:
+        parser = self._parser(self.subcommand)
+        text: str = parser.dump(self.config[self.subcommand], skip_none=False, skip_link_targets=True)
+        return text
+
+    # The trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.config_init[self.subcommand].trainer
+        loggers = options.logger
+        if loggers in (None, True):
+            board = TensorBoardLogger(self.folder, name="", version="", sub_dir="tensorboard")
+            loggers = [MetricsCSV(self.folder), board]
+        plugins = [*(options.plugins or []), AtomicCheckpointIO()]
+        # the process that launches the others takes their place in the environment only later
+        trainer = super().instantiate_trainer(
+            default_root_dir=str(self.folder), logger=loggers, plugins=plugins, **kwargs
+        )
+        seed = int(self.config[self.subcommand].seed_everything)
+        added = [ExactResume(seed), Throughput(), RunRecord(self._config_text(), seed), Predictions()]
+        if not _has_terminal():
+            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, TQDMProgressBar)]  # type: ignore[attr-defined]
+            added.append(PlainProgress())
+        # Checkpoints, which Lightning keeps last, must see what the others did with a batch
+        trainer.callbacks[:0] = added  # type: ignore[attr-defined]
+        return trainer
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    # Around the verbs
+
+    def before_fit(self) -> None:
+        if rank_zero_only.rank == 0:
+            write_text(self.folder / run.CONFIG, self._config_text())
+            tokenizer = getattr(self.datamodule, "tokenizer", None)
+            if tokenizer is not None:
+                write_text(self.folder / run.TOKENIZER, tokenizer.to_str())
+
+    def after_fit(self) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        print(f"run:      {self.folder}")
+        print(f"curves:   {self.folder / 'metrics.csv'}, or tensorboard --logdir {self.folder}")
+        if (self.folder / "samples.txt").is_file():
+            print(f"samples:  {self.folder / 'samples.txt'}")
+        print(f"results:  {self.folder / 'results.json'}")
+
+    def after_predict(self) -> None:
+        if self.trainer.is_global_zero:
+            print(f"predictions: {self.folder / 'predictions.jsonl'}")
+
+
+def _launched_processes() -> int:
+    """How many processes a launcher (torchrun, srun) has started for this job; 1 without one."""
+    return max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+
+
+def _has_terminal() -> bool:
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says to everyone and what does not apply here."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+
+
+def _no_advertisement(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not any(phrase in text for phrase in ("litlogger", "litmodels", "TPU available"))

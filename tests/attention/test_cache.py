@@ -1,0 +1,201 @@
+"""Decoding with a KV cache equals one forward pass, stores what it promises, and fails clearly."""
+
+import pytest
+import torch
+from attention.oracle import assert_near, build
+
+from mhe_lightning.attention import MHA, KVCache
+
+T = 11
+
+
+def left_padding(lengths):
+    """(B, 1, 1, T), True from where each row's real tokens begin."""
+    return (torch.arange(T) >= T - torch.tensor(lengths)[:, None])[:, None, None, :]
+
+
+def random_chunks(seed):
+    torch.manual_seed(seed)
+    chunks = []
+    while sum(chunks) < T:
+        chunks.append(min(int(torch.randint(1, 5, ())), T - sum(chunks)))
+    return chunks
+
+
+def decode(m, x, chunks, cache, mask=None, is_causal=True):
+    """The outputs of feeding ``x`` chunk by chunk, each with its rows and columns of the full mask."""
+    outputs, start = [], cache.length
+    for length in chunks:
+        end = start + length
+        rows = slice(start, end) if mask is not None and mask.shape[2] > 1 else slice(None)
+        part = None if mask is None else mask[:, :, rows, :end]
+        outputs.append(m(x[:, start:end], mask=part, is_causal=is_causal, cache=cache))
+        start = end
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.fixture
+def module(variant):
+    with torch.no_grad():
+        yield build(variant).eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, T, 12, dtype=torch.float64)
+
+
+MASKS = {
+    "no mask": lambda: None,
+    "left padding": lambda: left_padding([11, 4, 8]),
+    "per head": lambda: torch.rand(3, 4, T, T) < 0.7,
+}
+CHUNKS = {
+    "token by token": lambda: [1] * T,
+    "at once": lambda: [T],
+    "prompt then tokens": lambda: [5] + [1] * (T - 5),
+    "random": lambda: random_chunks(1),
+    "random again": lambda: random_chunks(2),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+def test_cached_decoding_equals_the_full_forward(module, x, chunks, mask):
+    mask = mask()
+    assert_near(decode(module, x, chunks(), KVCache(T), mask), module(x, mask=mask, is_causal=True))
+
+
+def test_cached_single_tokens_are_causal_without_the_flag(module, x):
+    assert_near(decode(module, x, [1] * T, KVCache(T), is_causal=False), module(x, is_causal=True))
+
+
+def test_a_longer_cache_than_needed_changes_nothing(module, x):
+    assert torch.equal(decode(module, x, [4, 1, 6], KVCache(T)), decode(module, x, [4, 1, 6], KVCache(50)))
+
+
+def test_cached_chunk_does_not_see_its_own_later_tokens(module, x):
+    changed = x.clone()
+    changed[:, 8:] *= 1e9
+    y, z = (decode(module, t, [3, 8], KVCache(T)) for t in (x, changed))
+    assert torch.equal(y[:, :8], z[:, :8])
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "padding"])
+def test_cross_attention_with_a_cache_equals_the_full_forward(module, x, masked):
+    context = torch.randn(3, 7, 12, dtype=torch.float64)
+    mask = (torch.arange(7) < torch.tensor([[7], [2], [4]]))[:, None, None, :] if masked else None
+    cache = KVCache(7)
+    y = [module(x[:, t : t + 1], context, mask=mask, cache=cache) for t in range(T)]
+    assert_near(torch.cat(y, dim=1), module(x, context, mask=mask))
+
+
+def test_cross_attention_computes_keys_and_values_once(module, x):
+    context, calls, key_value = torch.randn(3, 7, 12, dtype=torch.float64), [], module.key_value
+    module.key_value = lambda c: calls.append(c) or key_value(c)
+    cache = KVCache(9)
+    for t in range(4):
+        module(x[:, t : t + 1], context, cache=cache)
+    assert len(calls) == 1
+    assert cache.length == 7
+
+
+def test_self_attention_computes_keys_and_values_of_new_tokens_only(module, x):
+    lengths, key_value = [], module.key_value
+    module.key_value = lambda c: lengths.append(c.shape[1]) or key_value(c)
+    decode(module, x, [4, 1, 6], KVCache(T))
+    assert lengths == [4, 1, 6]
+
+
+@pytest.mark.parametrize(("n", "d"), [(4, 3), (6, 5), (2, 8)])
+def test_cache_holds_exactly_the_stated_numbers_per_token(variant, n, d):
+    cache = KVCache(10)
+    with torch.no_grad():
+        build(variant, n, d)(torch.randn(3, 4, n * d, dtype=torch.float64), cache=cache)
+    assert cache.elements_per_token == variant.cached(n, d)
+    assert cache.nbytes == 3 * 10 * variant.cached(n, d) * 8
+    assert sum(t.numel() for t in cache.stored()) == 3 * 4 * variant.cached(n, d)
+
+
+def test_cache_neither_reallocates_nor_changes_what_it_holds(module, x):
+    cache = KVCache(T)
+    decode(module, x, [4], cache)
+    before = [(t.data_ptr(), t.clone()) for t in cache.stored()]
+    decode(module, x, [1, 6], cache)
+    for (pointer, old), new in zip(before, cache.stored(), strict=True):
+        assert new.data_ptr() == pointer
+        assert torch.equal(new[:, :, :4], old)
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 1], [0, 0, 2, 2, 1], [1]], ids=str)
+def test_reorder_goes_on_with_the_chosen_rows(module, x, rows):
+    rows, cache = torch.tensor(rows), KVCache(T)
+    decode(module, x, [5, 1], cache)
+    cache.reorder(rows)
+    chosen = torch.cat([x[rows, :6], torch.randn(len(rows), T - 6, 12, dtype=torch.float64)], dim=1)
+    assert_near(decode(module, chosen, [1] * (T - 6), cache), module(chosen, is_causal=True)[:, 6:])
+
+
+def test_reorder_of_a_cross_attention_cache_follows_the_context(module, x):
+    context, rows, cache = torch.randn(3, 7, 12, dtype=torch.float64), torch.tensor([2, 2, 0]), KVCache(7)
+    module(x[:, :1], context, cache=cache)
+    cache.reorder(rows)
+    assert_near(module(x[:, 1:2], context[rows], cache=cache), module(x[:, 1:2], context[rows]))
+
+
+def test_reorder_of_an_empty_cache_is_harmless(module, x):
+    cache = KVCache(T)
+    cache.reorder(torch.tensor([1, 0, 2]))
+    assert_near(decode(module, x, [T], cache), module(x, is_causal=True))
+
+
+def test_overflow_is_refused_and_leaves_the_cache_usable(module, x):
+    cache = KVCache(8)
+    y = decode(module, x, [6], cache)
+    with pytest.raises(ValueError, match=r"holds 6 of at most 8 tokens and cannot take 3 more; .*max_length"):
+        module(x[:, 6:9], is_causal=True, cache=cache)
+    assert cache.length == 6
+    y = torch.cat([y, decode(module, x, [2], cache)], dim=1)
+    assert_near(y, module(x[:, :8], is_causal=True))
+
+
+def test_a_context_longer_than_the_cache_is_refused(module, x):
+    with pytest.raises(ValueError, match=r"at most 6 tokens and cannot take 11 more"):
+        module(x, x, cache=KVCache(6))
+
+
+def test_a_context_of_another_length_than_the_cached_one_is_refused(module, x):
+    cache = KVCache(T)
+    module(x, x, cache=cache)
+    with pytest.raises(ValueError, match=r"holds 11 keys but the context has 5; use a new KVCache"):
+        module(x, x[:, :5], cache=cache)
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=lambda r: f"{r} rows")
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_another_batch_size_than_the_cached_one_is_refused(module, x, cross, rows):
+    cache = KVCache(2 * T)
+    module(x, x if cross else None, cache=cache)
+    with pytest.raises(ValueError, match=r"batch"):
+        module(x[:rows], x[:rows] if cross else None, cache=cache)
+
+
+def test_a_refused_mask_leaves_the_cache_as_it_was(module, x):
+    cache = KVCache(T)
+    decode(module, x, [4], cache)
+    with pytest.raises(ValueError, match="mask has shape"):
+        module(x[:, 4:5], mask=torch.ones(3, 1, 1, 4, dtype=torch.bool), cache=cache)
+    assert cache.length == 4
+
+
+@pytest.mark.parametrize("max_length", [0, -3])
+def test_a_cache_for_no_token_is_refused(max_length):
+    with pytest.raises(ValueError, match=rf"max_length \({max_length}\) must be at least 1"):
+        KVCache(max_length)
+
+
+def test_cache_takes_the_dtype_of_the_keys():
+    cache, m = KVCache(4), MHA(width=12, n_heads=4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        m(torch.randn(2, 3, 12), cache=cache)
+    assert {t.dtype for t in cache.stored()} == {torch.bfloat16}
