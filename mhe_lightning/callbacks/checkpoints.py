@@ -69,11 +69,13 @@ class Checkpoints(Checkpoint):
             return
         self.best = float(value)
         path = self._folder(trainer) / f"best-step={trainer.global_step:08d}{SUFFIX}"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         _prune(trainer, [old for old in path.parent.glob(f"best-step=*{SUFFIX}") if old != path])
 
     def _save_newest(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}")
+        trainer.save_checkpoint(
+            self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}", weights_only=False
+        )
         self._saved_step = trainer.global_step
         _prune(trainer, resumable_checkpoints(self._folder(trainer))[: -self.keep])
 

@@ -111,17 +111,16 @@ def versions() -> dict[str, str]:
 def git_commit() -> str | None:
     """The commit of the checkout that the package runs from, marked if files differ from it; None outside of one."""
     folder = Path(mhe_lightning.__file__).parent
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(folder), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        git("ls-files", "--error-unmatch", "__init__.py")  # not some other repository that the package lies in
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip()
 
 
 def peak_memory_bytes() -> int:

@@ -2,18 +2,18 @@
 
 `prepare` goes through these steps:
 
-1. Look for a finished corpus of the same specification and the same source files; if its checksums match, use it.
+1. Look for a finished corpus of the same specification and source files; if its checksums match, use it.
 2. Open the sources and send every piece of text to a split: the source's own, or every k-th to validation and
    test. Exact duplicates are dropped here.
 3. Train the tokenizer, on text of the training split only, or load the one that is named.
 4. Tokenize batches of a few megabytes on all cores (in Rust) while the next batch is being read.
-5. Write the tokens of each split to shards: one end-of-text token, then each document and its end-of-text token.
+5. Write the tokens of each split to shards: one end-of-text token, then each document followed by another.
 6. Write the manifest (counts and checksums) last, and rename the finished folder into its place.
 
-Until step 6 everything happens in a temporary folder beside the target, so that a killed run leaves nothing that
-looks finished, and of two runs at once the one that is later uses the folder of the other. Memory is bounded by
-the batches in flight, the text that the tokenizer is trained on, and 16 bytes (about 100 in Python) for each
-document where duplicates are dropped.
+Until step 6 everything happens in a temporary folder beside the target, so that a killed run leaves nothing
+that looks finished, and of two runs at once the later one uses the folder of the other. Memory is bounded by
+the batches in flight, the text that the tokenizer is trained on, and, where duplicates are dropped, a digest
+of 16 bytes (about 100 in Python) per document.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ class CorpusSpec:
         splits: Our `train`, `validation`, `test` → the name of that split in the source, or None.
         validation_path: Local files to use as validation split instead.
         test_path: Local files to use as test split instead.
-        validation_fraction: Without a validation split, the share of the training documents to hold out as one
-            (0 to 1); pieces of long documents count as documents, so that a single file can be split.
+        validation_fraction: Without a validation split, the share of the training documents (0 to 1) to hold
+            out as one; pieces of long documents count as documents, so that a single file can be split.
         test_fraction: The same for a test split.
         deduplicate: Drop exact duplicates within each split, and from the training split also what is in the
             others. Always done where a split is held out, so that no document is on both sides.
         tokenizer: `bpe` or `wordpiece` to train one, or the path of a tokenizer.json.
-        tokenizer_size: Largest vocabulary of a tokenizer that is trained. It is trained on the first 200 MB of
-            the training split.
+        tokenizer_size: Largest vocabulary of a tokenizer that is trained, which happens on the first 200 MB
+            of the training split.
         shard_tokens: Most tokens per shard file.
 
     Raises:
@@ -126,9 +126,7 @@ class CorpusSpec:
                 problems.append(f"splits.{split} and {split}_path are both set; leave out one of them")
         for option in ("validation_fraction", "test_fraction"):
             if not 0 <= getattr(self, option) < 1:
-                problems.append(
-                    f"{option} ({getattr(self, option)}) must be at least 0 and less than 1; try 0.05"
-                )
+                problems.append(f"{option} ({getattr(self, option)}) must be at least 0 and less than 1; try 0.05")
         if self.validation_fraction + self.test_fraction >= 1:
             problems.append("validation_fraction and test_fraction leave nothing to train on; try 0.05 each")
         if self.shard_tokens < 1:
@@ -150,7 +148,7 @@ class CorpusSpec:
         return {split: share for split, share in shares.items() if share > 0}
 
     def inputs(self) -> list[tuple[str, Source, str]]:
-        """(our split, source, its split) for each split that the sources offer; the training split comes last."""
+        """(our split, source, its split) for each split that is not cut here; the training split comes last."""
         main = open_source(
             self.path,
             subset=self.subset,
@@ -203,8 +201,11 @@ class CorpusSpec:
 
 @dataclass(frozen=True)
 class SplitCounts:
-    """Size of a split. `words` are white-space separated words and one end of line for each line, the convention
-    by which word-level perplexities on WikiText and the Penn Treebank are stated; `bytes` are of UTF-8 text."""
+    """Size of a split.
+
+    `words` are white-space separated words and one end of line for each line, the convention by which word-level
+    perplexities on WikiText and the Penn Treebank are stated; `bytes` are those of the text in UTF-8.
+    """
 
     tokens: int
     documents: int
@@ -366,9 +367,7 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise CorpusError(f"{file} is damaged (not JSON); run prepare again") from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
-        raise CorpusError(
-            f"{file} has format version {version}, this code reads version {FORMAT_VERSION}; run prepare again"
-        )
+        raise CorpusError(f"{file} has format version {version}, this code reads {FORMAT_VERSION}; run prepare again")
     return cast("dict[str, Any]", manifest)
 
 
@@ -456,13 +455,11 @@ def _build(spec: CorpusSpec, folder: Path, fingerprint: str, progress: bool) -> 
     dtype = "<u2" if vocab_size <= 2**16 else "<u4"
     end = end_of_text_id(tokenizer)
     _write_durably(folder / TOKENIZER, tokenizer.to_str().encode())
-    writers = {
-        split: _SplitWriter(folder, split, dtype, spec.shard_tokens, end) for split in assignment.splits
-    }
+    writers = {split: _SplitWriter(folder, split, dtype, spec.shard_tokens, end) for split in assignment.splits}
     with _progress("tokenizing", progress) as count:
         for batch, encodings in _encoded(_batches(assignment.pieces()), tokenizer):
             tokens: defaultdict[str, list[int]] = defaultdict(list)
-            for (split, piece), encoding in zip(batch, encodings):
+            for (split, piece), encoding in zip(batch, encodings, strict=True):
                 tokens[split] += encoding.ids
                 if piece.ends_document:
                     tokens[split].append(end)
@@ -483,9 +480,7 @@ def _build(spec: CorpusSpec, folder: Path, fingerprint: str, progress: bool) -> 
             "vocab_size": vocab_size,
             "end_of_text_id": end,
         },
-        "corpus_sha256": hashlib.sha256(
-            "".join(e["corpus_sha256"] for e in splits.values()).encode()
-        ).hexdigest(),
+        "corpus_sha256": hashlib.sha256("".join(e["corpus_sha256"] for e in splits.values()).encode()).hexdigest(),
         "dtype": dtype,
         "splits": splits,
     }
@@ -502,9 +497,7 @@ def _make_tokenizer(spec: CorpusSpec, assignment: _Assignment, progress: bool) -
         first = next(texts, None)
         if first is None:
             raise _empty(spec, "train")
-        return train_tokenizer(
-            chain((first,), texts), cast(TokenizerKind, spec.tokenizer), spec.tokenizer_size
-        )
+        return train_tokenizer(chain((first,), texts), cast(TokenizerKind, spec.tokenizer), spec.tokenizer_size)
 
 
 def _training_texts(assignment: _Assignment, count: Callable[[int], None]) -> Iterator[str]:
@@ -541,7 +534,7 @@ class _Assignment:
         self.duplicates.clear()
         seen: dict[str, set[bytes]] = {}
         for split, source, theirs in self.inputs:
-            # The training split comes last and gives up what the other splits have; those keep what they share.
+            # The training split comes last and gives up what the others have; those keep what they share.
             known = set().union(*seen.values()) if split == "train" else set()
             seen[split] = known
             held: tuple[str, Piece] | None = None
@@ -552,9 +545,7 @@ class _Assignment:
             if held is not None:
                 yield held
 
-    def _targets(
-        self, split: str, pieces: Iterable[Piece], known: set[bytes]
-    ) -> Iterator[tuple[Piece, str | None]]:
+    def _targets(self, split: str, pieces: Iterable[Piece], known: set[bytes]) -> Iterator[tuple[Piece, str | None]]:
         """Each piece with its split, or None for a duplicate."""
         turns = _Turns(self.shares if split == "train" else {})
         for piece in pieces:
@@ -607,9 +598,9 @@ def _batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Pi
 def _encoded(
     batches: Iterable[list[tuple[str, Piece]]], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[tuple[str, Piece]], list[Encoding]]]:
-    """Each batch with its encodings; the next one is encoded meanwhile, in a thread (Rust releases the GIL)."""
+    """Each batch with its encodings; the next is encoded meanwhile, in a thread (Rust releases the GIL)."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    # A document that spells out a special token gets the characters, not the token: text cannot end a document.
+    # A document that spells out a special token gets its characters: text cannot end a document.
     tokenizer.encode_special_tokens = True
 
     def encode(batch: list[tuple[str, Piece]]) -> list[Encoding]:
@@ -701,7 +692,7 @@ class _SplitWriter:
 
 @contextmanager
 def _progress(what: str, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Report text done, in bytes, on stderr: a bar on a terminal, plain lines elsewhere. Yields the counter."""
+    """Report text done, in bytes, on stderr: a bar on a terminal, lines elsewhere. Yields the counter."""
     terminal = sys.stderr.isatty()
     began = reported = time.monotonic()
     total = 0

@@ -1,4 +1,4 @@
-"""Where documents come from: text, JSON and parquet files, Hub data sets and their mirrors, Python's own prose.
+"""Where documents come from: text, JSON and parquet files, Hub data sets and mirrors, Python's own prose.
 
 A source hands out *pieces*: a short document is one piece, a long one several, so that memory stays bounded
 however long a document is. `open_source` decides from a path what kind of source it is.
@@ -42,7 +42,7 @@ _EVALUATION_FILE = re.compile(r"(validation|valid|val|dev|test)(?![a-z])")
 _NOT_PROSE = frozenset(
     [
         *("test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__", "tkinter"),
-        *("turtledemo", "distutils", "ensurepip", "venv", "sitecustomize.py", "usercustomize.py"),
+        *("turtledemo", "distutils", "ensurepip", "venv", "macholib", "sitecustomize.py", "usercustomize.py"),
     ]
 )
 _LOCAL_SETUP = re.compile(r"config-|_sysconfigdata|_distutils_system_mod")
@@ -82,15 +82,18 @@ def open_source(
     """Find out what `path` is and open it; nothing is read yet.
 
     Args:
-        path: `embedded`; a .txt, .jsonl, .json or .parquet file or a glob pattern of such files; a folder: a Hub
-            mirror if its README.md says `configs:` or `dataset_info:` or its parquet files are named by split,
-            otherwise all text files below it; or the name of a Hub data set. If the environment variable
-            `MHE_DATA_ROOT` is set, a Hub name `owner/name` means its folder `owner/name` or `name` where it exists.
+        path: One of
+            - `embedded`;
+            - a .txt, .jsonl, .json or .parquet file, or a glob pattern of such files;
+            - a folder: a Hub mirror if its README.md says `configs:` or `dataset_info:` or its parquet files are
+              named by split, otherwise all text files below it;
+            - the name of a Hub data set. If the environment variable `MHE_DATA_ROOT` is set, `owner/name` means
+              its folder `owner/name` or `name` where that exists.
         subset: Configuration of a Hub data set.
         text_column: Column (or JSON key) that holds the text.
         revision: Git revision of a Hub data set.
-        document_start: Regular expression. Without it each row is a document; with it a row that matches begins
-            a document, and the rows that follow are its lines. A .txt file is always one document.
+        document_start: Regular expression. Without it each row is a document; with it a row that matches
+            begins a document, and the rows that follow are its lines. A .txt file is always one document.
 
     Raises:
         ValueError: `path` does not exist or holds nothing usable, or `document_start` is not a valid pattern.
@@ -112,24 +115,20 @@ def open_source(
             raise ValueError(f"the pattern {path} matches no file; check it with `ls`")
         return FileSource(path, files, text_column, start)
     if path.startswith((".", "/", "~")) or path.endswith(SUFFIXES) or not _HUB_NAME.fullmatch(path):
-        raise ValueError(
-            f"{path} does not exist; give a file, a folder, a glob pattern or the name of a Hub data set"
-        )
+        raise ValueError(f"{path} does not exist; give a file, a folder, a glob pattern or the name of a Hub data set")
     return HubSource(path, _mirror_of(path), subset, text_column, revision, start)
 
 
 def cut(chunks: Iterable[str], limit: int = PIECE_CHARS) -> Iterator[Piece]:
     """Cut one document, which arrives in chunks, into pieces of `limit` characters or a little more.
 
-    Tokenizing the pieces gives the tokens of the whole. Preferably a piece ends with a line whose neighbours are
-    not blank (`\\S\\n|\\S`): pre-tokenizers of every kind part there. If none turns up within twice the limit, it
-    ends before the last space of a run (`\\s|\\s\\S`), where those of GPT-2 and BERT part too. Where neither exists
-    the piece grows. A document of white space only has no pieces.
+    Tokenizing the pieces gives the tokens of the whole. Preferably a piece ends with a line whose neighbours
+    are not blank (`\\S\\n|\\S`): pre-tokenizers of every kind part there. If none turns up within twice the limit,
+    it ends before the last space of a run (`\\s|\\s\\S`), where those of GPT-2 and BERT part too. Where neither
+    exists the piece grows. A document of white space only has no pieces.
     """
     text, start = "", 0
-    searched_lines = searched_spaces = (
-        0  # a text without any place to cut at is searched once, not once per chunk
-    )
+    searched_lines = searched_spaces = 0  # a text without any place to cut at is searched once, not once per chunk
     for chunk in chunks:
         if start:
             searched_lines, searched_spaces = max(0, searched_lines - start), max(0, searched_spaces - start)
@@ -180,9 +179,7 @@ class _DocumentNumber:
 class FileSource:
     """Local files, which all belong to the split `train`: a .txt is a document, the other kinds hold rows."""
 
-    def __init__(
-        self, name: str, files: list[Path], text_column: str, document_start: re.Pattern[str] | None
-    ) -> None:
+    def __init__(self, name: str, files: list[Path], text_column: str, document_start: re.Pattern[str] | None) -> None:
         unknown = [str(file) for file in files if file.suffix not in SUFFIXES]
         if unknown:
             raise ValueError(f"{unknown[0]} is of an unknown kind; files must end in {', '.join(SUFFIXES)}")
@@ -249,18 +246,15 @@ class HubSource:
 
     def _rows(self, split: str) -> Iterator[str]:
         rows = self._load()[split]
-        columns = rows.column_names
-        if columns is not None:
-            _require_column(self.name, columns, self.text_column)
-            rows = rows.select_columns([self.text_column])
         try:
+            if rows.column_names is not None:
+                _require_column(self.name, rows.column_names, self.text_column)
+                rows = rows.select_columns([self.text_column])
             # Arrow tables instead of one dictionary per row: an order of magnitude faster.
             for table in rows.with_format("arrow").iter(batch_size=1000):
                 yield from _texts(self.name, table, self.text_column)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{self.name}: the split {split} is unreadable ({_first_line(error)})"
-            ) from error
+        except (OSError, RuntimeError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{self.name}: the split {split} is unreadable ({_first_line(error)})") from error
 
     def _load(self) -> dict[str, Any]:
         """All splits as streams; nothing but names and schema is read yet."""
@@ -279,7 +273,7 @@ class HubSource:
                     lambda: datasets.get_dataset_default_config_name(path, revision=revision),
                 )
                 self._loaded = datasets.load_dataset(path, name=subset, revision=revision, streaming=True)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, pyarrow.ArrowException) as error:
                 raise ValueError(f"cannot open the data set {self.name}: {_first_line(error)}") from error
         return self._loaded
 
@@ -353,7 +347,7 @@ def _text_chunks(file: Path) -> Iterator[str]:
                 yield chunk
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{file} is not UTF-8 text ({error.reason} {error.object[error.start]:#04x}); convert it, e.g. with iconv"
+            f"{file} is not UTF-8 text ({error.reason} {error.object[error.start]:#04x}); convert it with iconv"
         ) from error
 
 
@@ -364,9 +358,7 @@ def _json_rows(file: Path, column: str) -> Iterator[str]:
         stream.seek(0)
         if beginning.startswith(b"["):
             rows = _parse_json(stream.read(), str(file))
-            yield from (
-                _json_text(row, column, f"{file}, row {number}") for number, row in enumerate(rows, 1)
-            )
+            yield from (_json_text(row, column, f"{file}, row {number}") for number, row in enumerate(rows, 1))
             return
         for number, line in enumerate(stream, 1):
             if line.strip():
@@ -389,15 +381,11 @@ def _json_text(row: Any, column: str, where: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise ValueError(
-            f"{where}: {column!r} holds a {type(text).__name__}, not text; choose another text_column"
-        )
+        raise ValueError(f"{where}: {column!r} holds a {type(text).__name__}, not text; choose another text_column")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {column!r} is not valid Unicode ({error.reason}); correct or remove it"
-        ) from error
+        raise ValueError(f"{where}: {column!r} is not valid Unicode ({error.reason}); correct or remove it") from error
     return text
 
 
@@ -408,9 +396,7 @@ def _parquet_rows(file: Path, column: str) -> Iterator[str]:
             for batch in parquet.iter_batches(batch_size=1000, columns=[column]):
                 yield from _texts(str(file), batch, column)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file} is not a readable parquet file ({_first_line(error)}); fetch it again"
-        ) from error
+        raise ValueError(f"{file} is not a readable parquet file ({_first_line(error)}); fetch it again") from error
 
 
 _ROW_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
@@ -424,18 +410,14 @@ def _texts(where: str, table: pyarrow.Table | pyarrow.RecordBatch, column: str) 
     _require_column(where, table.schema.names, column)
     values = table.column(column)
     if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
-        raise ValueError(
-            f"{where}: column {column!r} holds {values.type}, not text; choose another text_column"
-        )
+        raise ValueError(f"{where}: column {column!r} holds {values.type}, not text; choose another text_column")
     return (value or "" for value in values.to_pylist())
 
 
 def _is_mirror(folder: Path) -> bool:
     readme = folder / "README.md"
     if readme.is_file():
-        header = re.match(
-            r"---\r?\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL
-        )
+        header = re.match(r"---\r?\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         if header and re.search(r"^(configs|dataset_info):", header[1], re.MULTILINE):
             return True
     tables = [*folder.glob("*.parquet"), *folder.glob("data/*.parquet")]
@@ -467,16 +449,12 @@ def _mirror_of(name: str) -> Path | None:
 
 def _require_hub(name: str) -> None:
     """Fail at once where `datasets` would retry for half a minute."""
-    remedy = (
-        "mirror it in a local folder and give that as path, or set MHE_DATA_ROOT to the folder of all mirrors"
-    )
+    remedy = "mirror it in a local folder and give that as path, or set MHE_DATA_ROOT to the folder of all mirrors"
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ValueError(f"the data set {name} is not on this machine and HF_HUB_OFFLINE is set; {remedy}")
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not _reachable(endpoint):
-        raise ValueError(
-            f"the data set {name} is not on this machine and {endpoint} cannot be reached; {remedy}"
-        )
+        raise ValueError(f"the data set {name} is not on this machine and {endpoint} cannot be reached; {remedy}")
 
 
 def _reachable(endpoint: str) -> bool:
@@ -501,9 +479,7 @@ def _reachable(endpoint: str) -> bool:
     return answered.is_set()
 
 
-def _check_subset(
-    name: str, subset: str | None, known: list[str], default: Callable[[], str | None]
-) -> str | None:
+def _check_subset(name: str, subset: str | None, known: list[str], default: Callable[[], str | None]) -> str | None:
     if subset is not None and subset not in known:
         raise ValueError(f"{name} has no subset {subset!r}; it has {', '.join(known)}")
     if subset is None and len(known) > 1 and default() is None:
@@ -518,9 +494,7 @@ def _require_split(source: Source, split: str) -> None:
 
 def _require_column(where: str, columns: list[str], column: str) -> None:
     if column not in columns:
-        raise ValueError(
-            f"{where} has no column {column!r}; set text_column to one of {', '.join(map(str, columns))}"
-        )
+        raise ValueError(f"{where} has no column {column!r}; set text_column to one of {', '.join(map(str, columns))}")
 
 
 def _compile(pattern: str | None) -> re.Pattern[str] | None:

@@ -52,9 +52,7 @@ def check_vocab_size(kind: str, vocab_size: int) -> None:
         raise ValueError(f"tokenizer kind ({kind!r}) is unknown; use one of {', '.join(KINDS)}")
     minimum = MINIMUM_VOCAB_SIZE[kind]
     if vocab_size < minimum:
-        raise ValueError(
-            f"vocab_size ({vocab_size}) must be at least {minimum} for a {kind} tokenizer; try 8192"
-        )
+        raise ValueError(f"vocab_size ({vocab_size}) must be at least {minimum} for a {kind} tokenizer; try 8192")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -83,9 +81,7 @@ def tokenizer_file(path: str | Path) -> Path:
     if file.is_dir():
         file = file / "tokenizer.json"
     if not file.is_file():
-        raise ValueError(
-            f"tokenizer file {file} does not exist; give a tokenizer.json or a folder that holds one"
-        )
+        raise ValueError(f"tokenizer file {file} does not exist; give a tokenizer.json or a folder that holds one")
     return file
 
 
@@ -99,9 +95,7 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
         token_id = tokenizer.token_to_id(token)
         if token_id is not None:
             return int(token_id)
-    raise ValueError(
-        f"the tokenizer has no end-of-text token; add one of {', '.join(END_OF_TEXT_TOKENS)} to its vocabulary"
-    )
+    raise ValueError(f"the tokenizer has no end-of-text token; add one of {', '.join(END_OF_TEXT_TOKENS)}")
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
@@ -138,9 +132,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def _train_wordpiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     texts = list(texts)
     normalizer = normalizers.BertNormalizer(lowercase=True)
-    alphabet = _alphabet(
-        texts, normalizer, limit=min(MAX_ALPHABET, (vocab_size - len(BERT_SPECIAL_TOKENS)) // 4)
-    )
+    alphabet = _alphabet(texts, normalizer, limit=min(MAX_ALPHABET, (vocab_size - len(BERT_SPECIAL_TOKENS)) // 4))
     # The trainer numbers the `##c` tokens in the order of a randomly seeded hash map, and those numbers break
     # ties between merges: two runs differ. Listed beforehand, as if they were special, they keep their order.
     continuations = [f"##{character}" for character in alphabet]

@@ -12,11 +12,9 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mhe_lightning import run
 from mhe_lightning.callbacks import (
@@ -123,7 +121,7 @@ class TrainCLI(LightningCLI):
         """Take the run directory, or go on with the run in it."""
         wants_newest = options.ckpt_path == "auto"
         options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
-        if rank_zero_only.rank != 0:
+        if _rank() != 0:
             return
         self._lock = run.lock(self.folder)
         if wants_newest and options.ckpt_path is not None:
@@ -166,15 +164,13 @@ class TrainCLI(LightningCLI):
         if loggers in (None, True):
             board = TensorBoardLogger(self.folder, name="", version="", sub_dir="tensorboard")
             loggers = [MetricsCSV(self.folder), board]
-        plugins = [*(options.plugins or []), AtomicCheckpointIO()]
-        # the process that launches the others takes their place in the environment only later
-        trainer = super().instantiate_trainer(
-            default_root_dir=str(self.folder), logger=loggers, plugins=plugins, **kwargs
-        )
+        kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
+        if not (sys.stdout.isatty() and sys.stderr.isatty()):
+            kwargs["enable_progress_bar"] = False  # plain lines instead
+        trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=loggers, **kwargs)
         seed = int(self.config[self.subcommand].seed_everything)
         added = [ExactResume(seed), Throughput(), RunRecord(self._config_text(), seed), Predictions()]
-        if not _has_terminal():
-            trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, TQDMProgressBar)]  # type: ignore[attr-defined]
+        if trainer.progress_bar_callback is None and options.enable_progress_bar is not False:
             added.append(PlainProgress())
         # Checkpoints, which Lightning keeps last, must see what the others did with a batch
         trainer.callbacks[:0] = added  # type: ignore[attr-defined]
@@ -186,13 +182,15 @@ class TrainCLI(LightningCLI):
     # Around the verbs
 
     def before_fit(self) -> None:
-        if rank_zero_only.rank == 0:
+        if _rank() == 0:
             write_text(self.folder / run.CONFIG, self._config_text())
             tokenizer = getattr(self.datamodule, "tokenizer", None)
             if tokenizer is not None:
                 write_text(self.folder / run.TOKENIZER, tokenizer.to_str())
 
     def after_fit(self) -> None:
+        if "val/loss" not in self.trainer.callback_metrics and self.datamodule is not None:
+            self.trainer.validate(self.model, self.datamodule, verbose=False)  # a run too short for a validation
         if not self.trainer.is_global_zero:
             return
         print(f"run:      {self.folder}")
@@ -211,8 +209,9 @@ def _launched_processes() -> int:
     return max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
-def _has_terminal() -> bool:
-    return sys.stdout.isatty() and sys.stderr.isatty()
+def _rank() -> int:
+    """This process's rank by its launcher, known before there is a trainer."""
+    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
 
 
 def _quieten() -> None:

@@ -6,15 +6,19 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mhe_lightning.data import corpus as corpus_module
 from mhe_lightning.data.corpus import CorpusError, CorpusSpec, PackedSplit, find_corpus, open_corpus, prepare
@@ -53,7 +57,7 @@ def documents_of(corpus, split: str) -> list[str]:
     ends = np.flatnonzero(tokens == corpus.end_of_text_id)
     assert ends[0] == 0
     assert ends[-1] == len(tokens) - 1
-    return [corpus.tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [corpus.tokenizer.decode(tokens[a + 1 : b].tolist()) for a, b in pairwise(ends)]
 
 
 # --- what is packed
@@ -177,8 +181,6 @@ def test_a_tokenizer_file_is_used_as_it_is_and_its_change_makes_another_corpus(r
 
 def test_a_vocabulary_beyond_16_bits_is_packed_in_32(tmp_path):
     vocabulary = {"[UNK]": 0, "[SEP]": 1, "low": 2, "high": 70_000}
-    from tokenizers import models, pre_tokenizers
-
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -195,9 +197,6 @@ def test_packing_twice_gives_the_same_bytes(rows, tmp_path):
 
 
 def test_a_mirror_and_its_hub_name_give_the_same_tokens(tmp_path, monkeypatch):
-    import pyarrow
-    import pyarrow.parquet
-
     (tmp_path / "mirrors" / "tiny").mkdir(parents=True)
     for split in GIVEN:
         table = pyarrow.table({"text": [f"{split} {document(i)}" for i in range(9)]})
@@ -421,8 +420,6 @@ def test_of_two_runs_at_once_the_later_one_uses_the_corpus_of_the_other(rows, tm
 
 
 def test_the_temporary_folder_of_a_living_process_is_left_alone(rows, tmp_path):
-    import socket
-
     other = tmp_path / "cache" / f".x-0.tmp-{socket.gethostname()}-{os.getppid()}-00000000"
     elsewhere = tmp_path / "cache" / ".x-0.tmp-elsewhere-1-00000000"
     for folder in (other, elsewhere):
@@ -493,5 +490,8 @@ def test_wikitext_is_packed_article_by_article(real_data, tmp_path):
         tokenizer_size=1000,
     )
     corpus = pack(spec, tmp_path)
-    assert {split: corpus.split(split).counts.documents for split in ("train", "test")} == {"train": 125, "test": 18}
+    assert {split: corpus.split(split).counts.documents for split in ("train", "test")} == {
+        "train": 125,
+        "test": 18,
+    }
     assert all("\n = " in article or article.startswith(" = ") for article in documents_of(corpus, "test"))

@@ -247,6 +247,13 @@ def test_a_missing_split_or_column_of_a_mirror_is_refused_with_those_there_are(t
         texts(open_source(folder, text_column="body"))
 
 
+def test_a_damaged_file_of_a_mirror_is_reported_with_the_data_set_and_split(tmp_path):
+    folder = make_mirror(tmp_path / "broken")
+    (folder / "small" / "train-0.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    with pytest.raises(ValueError, match="broken"):
+        texts(open_source(str(folder)))
+
+
 @pytest.mark.parametrize("offline", ["1", ""])
 def test_an_unreachable_hub_fails_within_seconds_in_one_line(monkeypatch, offline):
     monkeypatch.setenv("HF_HUB_OFFLINE", offline)

@@ -1,0 +1,111 @@
+"""Fixtures that every test may use."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
+WORDS = "the a cat dog bird tree river stone light dark sings runs sleeps over under with slowly often never".split()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets, or a visible skip."""
+    folder = os.environ.get("MHE_TEST_DATA")
+    if not folder:
+        pytest.skip("MHE_TEST_DATA is not set: no real data sets here")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A jsonl file of 200 invented documents."""
+    draw = random.Random(7)
+    path = tmp_path_factory.mktemp("prose") / "prose.jsonl"
+    lines = []
+    for _ in range(200):
+        words = " ".join(draw.choice(WORDS) for _ in range(draw.randint(5, 40)))
+        lines.append(f'{{"text": "{words}."}}')
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests' corpora are packed, once for all of them."""
+    return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture
+def tiny_config(prose: Path, prepared: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes the config of a decoder that trains in a second; keywords override its parts."""
+
+    def write(
+        *, net: dict | None = None, model: dict | None = None, data: dict | None = None, trainer: dict | None = None
+    ) -> Path:
+        config = {
+            "name": "tiny",
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": 8,
+                "log_every_n_steps": 1,
+                "val_check_interval": 4,
+                "gradient_clip_val": 1.0,
+                "default_root_dir": str(tmp_path / "runs"),
+                "enable_model_summary": False,
+                **(trainer or {}),
+            },
+            "model": {
+                "class_path": "mhe_lightning.tasks.LanguageModeling",
+                "init_args": {
+                    "lr": 1e-2,
+                    "warmup_steps": 2,
+                    **(model or {}),
+                    "net": {
+                        "class_path": "mhe_lightning.models.Decoder",
+                        "init_args": {
+                            "width": 16,
+                            "n_heads": 2,
+                            "n_layers": 2,
+                            "max_length": 16,
+                            "dropout": 0.1,
+                            "attention": {
+                                "class_path": "mhe_lightning.attention.MHE",
+                                "init_args": {"combine": "add", "dropout": 0.1},
+                            },
+                            **(net or {}),
+                        },
+                    },
+                },
+            },
+            "data": {
+                "class_path": "mhe_lightning.data.LanguageModelingData",
+                "init_args": {
+                    "corpus": {"path": str(prose), "tokenizer_size": 300, "validation_fraction": 0.1},
+                    "block_length": 16,
+                    "batch_size": 8,
+                    "cache_dir": str(prepared),
+                    **(data or {}),
+                },
+            },
+            "checkpoints": {"every_n_steps": 2},
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path
+
+    return write
+
+
+def logged(run: Path, column: str) -> dict[int, str]:
+    """A column of a run's metrics.csv by step, as written."""
+    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
+        return {int(row["step"]): row[column] for row in csv.DictReader(file) if row.get(column)}

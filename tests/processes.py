@@ -1,0 +1,73 @@
+"""Run the command line in forked processes: as real as a launcher's, without importing everything again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Callback
+
+from mhe_lightning.cli import main
+
+
+class KillAt(Callback):
+    """SIGKILLs its process in the middle of a step: after the micro-batch, before the rest of its hooks.
+
+    Args:
+        micro_batch: the micro-batch to die in, counted in this process.
+    """
+
+    def __init__(self, micro_batch: int) -> None:
+        self.micro_batch = micro_batch
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx >= self.micro_batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(args: Sequence[str], *, ranks: int = 1, log: Path | None = None) -> list[int]:
+    """`train.py` with ``args`` on ``ranks`` processes, as torchrun would start them; their exit codes."""
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    children = []
+    for rank in range(ranks):
+        environment = {}
+        if ranks > 1:
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "GROUP_RANK": "0",
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "TORCHELASTIC_RUN_ID": "test",
+            }
+        child = context.Process(target=_child, args=(list(args), environment, log))
+        child.start()
+        children.append(child)
+    for child in children:
+        child.join(timeout=240)
+        if child.is_alive():
+            child.kill()
+            child.join()
+    return [child.exitcode for child in children]
+
+
+def _child(args: list[str], environment: dict[str, str], log: Path | None) -> None:
+    os.environ.update(environment)
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    main(args)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
