@@ -191,7 +191,7 @@ class KneserNey:
             raise ValueError(f"tokens has shape {array.shape} but must be one-dimensional; flatten it first")
         if not np.issubdtype(array.dtype, np.integer):
             raise ValueError(f"tokens has dtype {array.dtype} but must be integer; convert it to np.int64")
-        if array.size and not (0 <= array.min() and array.max() < self.vocab_size):
+        if array.size and not (array.min() >= 0 and array.max() < self.vocab_size):
             raise ValueError(
                 f"tokens spans {array.min()} .. {array.max()} but must lie in 0 .. vocab_size - 1 = "
                 f"{self.vocab_size - 1}; pass the vocab_size of the tokenizer that wrote the stream"
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", default="train", help="name of the split to fit")
     parser.add_argument("--eval", default="validation", help="name of the split to score")
     options = parser.parse_args(argv)
-    from mhe_lightning.data.corpus import open_corpus  # here, so that the model itself needs NumPy only
+    from mhe_lightning.data.packed import open_corpus  # here, so that the model itself needs NumPy only
 
     corpus = open_corpus(options.folder)
     train, held_out = corpus.split(options.train), corpus.split(options.eval)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -119,6 +120,10 @@ class ExactDataModule(LightningDataModule):
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Dataset[Batch], sampler: TrainingSampler | EvaluationSampler) -> DataLoader[Batch]:
+        if self.num_workers > 0:
+            # `tokenizers` up to 0.22 warns in each process that is forked after it has used its threads, as `prepare`
+            # does, unless this is set. The workers tokenize nothing.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         return DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -181,6 +186,7 @@ class ExactDataModule(LightningDataModule):
 
     def _begin_segment(self, rank: int, world_size: int) -> None:
         rows_per_rank(self.batch_size, world_size)
+        self._tally()  # what was trained with another shape belongs to the segment before
         last = self._segments[-1] if self._segments else None
         shape = {"world_size": world_size, "batch_size": self.batch_size}
         if last is None or any(last[key] != value for key, value in shape.items()):
@@ -217,6 +223,9 @@ def verify_certificate(state: Mapping[str, Any]) -> int:
     for segment in state["segments"]:
         if segment["start"] != position:
             raise ValueError(f"the segment after row {position} of the stream starts at row {segment['start']}")
+        rows = segment["stop"] - segment["start"]
+        if rows < 0 or rows % segment["batch_size"]:
+            raise ValueError(f"the segment of rows {position} to {segment['stop']} is not one of whole batches")
         for rank in range(segment["world_size"]):
             expected = replay_chain(
                 order,

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
 from mhe_lightning.data.base import Batch, ExactDataModule
-from mhe_lightning.data.corpus import CorpusSpec, PackedCorpus, PackedSplit, find_corpus, open_corpus, prepare
+from mhe_lightning.data.corpus import CorpusSpec, find_corpus, prepare
+from mhe_lightning.data.packed import PackedCorpus, PackedSplit, open_corpus
 from mhe_lightning.data.sampler import PADDING_ROW
 
 IGNORE = -100
@@ -128,6 +129,9 @@ class LanguageModelingData(ExactDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Where the data come from and how much there is, for the run's record."""
+        return {**self._description(), "epochs": round(self.consumed / len(self.dataset("train")), 4)}
+
+    def _description(self) -> dict[str, Any]:
         manifest = self.corpus.manifest
         splits = {
             name: {key: entry[key] for key in ("tokens", "documents", "words", "bytes", "duplicates_removed")}
@@ -141,7 +145,6 @@ class LanguageModelingData(ExactDataModule):
             "vocab_size": self.vocab_size,
             "block_length": self.block_length,
             "splits": splits,
-            "epochs": round(self.consumed / len(self.dataset("train")), 4),
         }
 
 

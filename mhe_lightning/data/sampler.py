@@ -39,6 +39,8 @@ class RowOrder:
 
     def rows(self, start: int, count: int) -> np.ndarray:
         """Row ids (count,) at the positions start … start + count - 1 of the stream."""
+        if not self.shuffle:
+            return np.arange(start, start + count, dtype=np.int64) % self.n_rows
         parts = []
         while count > 0:
             epoch, offset = divmod(start, self.n_rows)
@@ -49,10 +51,8 @@ class RowOrder:
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != epoch:
-            order = np.arange(self.n_rows, dtype=np.int64)
-            if self.shuffle:
-                # RandomState's streams are frozen across numpy versions, those of Generator are not
-                np.random.RandomState([self.seed, epoch]).shuffle(order)
+            # RandomState's streams are frozen across numpy versions, those of Generator are not
+            order = np.random.RandomState([self.seed, epoch]).permutation(self.n_rows)
             self._permutation = (epoch, order)
         return self._permutation[1]
 

@@ -1,74 +1,33 @@
-"""Where documents come from: text, JSON and parquet files, Hub data sets and mirrors, Python's own prose.
+"""Where documents come from: local files, Hub data sets and their mirrors, Python's own prose.
 
-A source hands out *pieces*: a short document is one piece, a long one several, so that memory stays bounded
-however long a document is. `open_source` decides from a path what kind of source it is.
+`open_source` decides from a path what kind of source it is.
 """
 
 from __future__ import annotations
 
-import ast
 import glob
-import hashlib
-import inspect
-import json
 import os
 import re
 import socket
-import sysconfig
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from itertools import groupby
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import pyarrow
-import pyarrow.parquet
+
+from mhe_lightning.data.embedded import EmbeddedSource
+from mhe_lightning.data.pieces import Piece, Source, cut, require_split, row_pieces
+from mhe_lightning.data.rows import ROW_READERS, arrow_texts, first_line, require_column, text_chunks
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-PIECE_CHARS = 2**15
-MIN_DOCSTRING_CHARS = 40
 HUB_TIMEOUT_S = 2.0
 
-_LINE_BREAK = re.compile(r"\n(?<=\S\n)(?=\S)")
-_LAST_SPACE = re.compile(r"(?=\s\S)")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TRAIN_FILE = re.compile(r"train(?![a-z])")
 _EVALUATION_FILE = re.compile(r"(validation|valid|val|dev|test)(?![a-z])")
-# Folders and files of the standard library that are tests, local set-up, or what some distributions of Python
-# ship separately or patch: without them the corpus is the same for a Python version wherever it is installed.
-_NOT_PROSE = frozenset(
-    [
-        *("test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "__pycache__", "tkinter"),
-        *("turtledemo", "distutils", "ensurepip", "venv", "macholib", "sitecustomize.py", "usercustomize.py"),
-    ]
-)
-_LOCAL_SETUP = re.compile(r"config-|_sysconfigdata|_distutils_system_mod")
-
-
-class Piece(NamedTuple):
-    """A part of a document: its text, and whether the document ends here."""
-
-    text: str
-    ends_document: bool
-
-
-class Source(Protocol):
-    """A place that documents come from.
-
-    `name` is for people. `splits` names the splits there are, `pieces` yields the text of one of them, and
-    `identity` is a JSON-able description that changes whenever the documents may have changed.
-    """
-
-    name: str
-
-    def splits(self) -> tuple[str, ...]: ...
-
-    def pieces(self, split: str) -> Iterator[Piece]: ...
-
-    def identity(self) -> dict[str, Any]: ...
 
 
 def open_source(
@@ -119,63 +78,6 @@ def open_source(
     return HubSource(path, _mirror_of(path), subset, text_column, revision, start)
 
 
-def cut(chunks: Iterable[str], limit: int = PIECE_CHARS) -> Iterator[Piece]:
-    """Cut one document, which arrives in chunks, into pieces of `limit` characters or a little more.
-
-    Tokenizing the pieces gives the tokens of the whole. Preferably a piece ends with a line whose neighbours
-    are not blank (`\\S\\n|\\S`): pre-tokenizers of every kind part there. If none turns up within twice the limit,
-    it ends before the last space of a run (`\\s|\\s\\S`), where those of GPT-2 and BERT part too. Where neither
-    exists the piece grows. A document of white space only has no pieces.
-    """
-    text, start = "", 0
-    searched_lines = searched_spaces = 0  # a text without any place to cut at is searched once, not once per chunk
-    for chunk in chunks:
-        if start:
-            searched_lines, searched_spaces = max(0, searched_lines - start), max(0, searched_spaces - start)
-            text, start = text[start:], 0
-        text += chunk
-        while len(text) - start > limit:
-            place = _LINE_BREAK.search(text, max(start + limit, searched_lines))
-            if place is None:
-                searched_lines = len(text) - 1
-                if len(text) - start > 2 * limit:
-                    place = _LAST_SPACE.search(text, max(start + limit, searched_spaces))
-                    searched_spaces = searched_spaces if place else len(text) - 1
-            if place is None:
-                break
-            yield Piece(text[start : place.end()], False)
-            start = place.end()
-    rest = text[start:]
-    if rest and not rest.isspace():
-        yield Piece(rest, True)
-
-
-def row_pieces(rows: Iterable[str], start: re.Pattern[str] | None) -> Iterator[Piece]:
-    """Rows as documents: each row one, or (with `start`) all rows from one match to the next, as lines."""
-    if start is None:
-        for row in rows:
-            yield from cut((row,))
-    else:
-        lines = (row if row.endswith("\n") else row + "\n" for row in rows)
-        for _, document in groupby(lines, key=_DocumentNumber(start)):
-            yield from cut(document)
-
-
-class _DocumentNumber:
-    """Numbers the documents that lines belong to; blank lines before the first count as part of it."""
-
-    def __init__(self, start: re.Pattern[str]) -> None:
-        self.start = start
-        self.number = 0
-        self.only_blank = True
-
-    def __call__(self, line: str) -> int:
-        if not self.only_blank and self.start.search(line):
-            self.number += 1
-        self.only_blank = self.only_blank and line.isspace()
-        return self.number
-
-
 class FileSource:
     """Local files, which all belong to the split `train`: a .txt is a document, the other kinds hold rows."""
 
@@ -192,12 +94,12 @@ class FileSource:
         return ("train",)
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        _require_split(self, split)
+        require_split(self, split)
         for file in self.files:
             if file.suffix == ".txt":
-                yield from cut(_text_chunks(file))
+                yield from cut(text_chunks(file))
             else:
-                yield from row_pieces(_ROW_READERS[file.suffix](file, self.text_column), self.document_start)
+                yield from row_pieces(ROW_READERS[file.suffix](file, self.text_column), self.document_start)
 
     def identity(self) -> dict[str, Any]:
         return {"files": [_stat_of(file, file.name) for file in self.files]}
@@ -232,7 +134,7 @@ class HubSource:
         return tuple(str(split) for split in self._load())
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        _require_split(self, split)
+        require_split(self, split)
         return row_pieces(self._rows(split), self.document_start)
 
     def identity(self) -> dict[str, Any]:
@@ -248,13 +150,13 @@ class HubSource:
         rows = self._load()[split]
         try:
             if rows.column_names is not None:
-                _require_column(self.name, rows.column_names, self.text_column)
+                require_column(self.name, rows.column_names, self.text_column)
                 rows = rows.select_columns([self.text_column])
             # Arrow tables instead of one dictionary per row: an order of magnitude faster.
             for table in rows.with_format("arrow").iter(batch_size=1000):
-                yield from _texts(self.name, table, self.text_column)
+                yield from arrow_texts(self.name, table, self.text_column)
         except (OSError, RuntimeError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{self.name}: the split {split} is unreadable ({_first_line(error)})") from error
+            raise ValueError(f"{self.name}: the split {split} is unreadable ({first_line(error)})") from error
 
     def _load(self) -> dict[str, Any]:
         """All splits as streams; nothing but names and schema is read yet."""
@@ -274,144 +176,8 @@ class HubSource:
                 )
                 self._loaded = datasets.load_dataset(path, name=subset, revision=revision, streaming=True)
             except (OSError, RuntimeError, pyarrow.ArrowException) as error:
-                raise ValueError(f"cannot open the data set {self.name}: {_first_line(error)}") from error
+                raise ValueError(f"cannot open the data set {self.name}: {first_line(error)}") from error
         return self._loaded
-
-
-class EmbeddedSource:
-    """English prose that every Python carries: its help topics and the docstrings of its standard library.
-
-    2 MB of text, no download; the same for a Python version wherever it is installed. One split, `train`.
-    """
-
-    name = "embedded"
-
-    def splits(self) -> tuple[str, ...]:
-        return ("train",)
-
-    def pieces(self, split: str) -> Iterator[Piece]:
-        _require_split(self, split)
-        return row_pieces(_embedded_documents(), None)
-
-    def identity(self) -> dict[str, Any]:
-        return {"embedded_sha256": _embedded_hash()}
-
-
-def _library_files() -> list[tuple[str, Path]]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = ((file.relative_to(root), file) for file in root.rglob("*.py"))
-    return sorted(
-        (relative.as_posix(), file)
-        for relative, file in files
-        if not _NOT_PROSE.intersection(relative.parts) and not _LOCAL_SETUP.match(relative.parts[0])
-    )
-
-
-@lru_cache(maxsize=1)
-def _embedded_hash() -> str:
-    """Over the files that the corpus is read from: parsing them takes seconds, hashing them does not."""
-    total = hashlib.sha256()
-    for name, file in _library_files():
-        total.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return total.hexdigest()
-
-
-@lru_cache(maxsize=1)
-def _embedded_documents() -> tuple[str, ...]:
-    from pydoc_data.topics import topics  # half a megabyte that nothing else needs
-
-    documents = [topics[name] for name in sorted(topics)]
-    for _, file in _library_files():
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError):  # deliberately broken files, and encodings that do not decode
-            continue
-        documents += [docstring for docstring in _docstrings(tree) if len(docstring) >= MIN_DOCSTRING_CHARS]
-    return tuple(documents)
-
-
-def _docstrings(node: ast.AST) -> Iterator[str]:
-    """Docstrings of a module, class or function and of all within, in the order of the source."""
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-        yield inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
-    # Down through statements only: a walk over all expressions takes as long as parsing does.
-    for block in ("body", "orelse", "handlers", "finalbody"):
-        for child in getattr(node, block, ()):
-            yield from _docstrings(child)
-
-
-def _text_chunks(file: Path) -> Iterator[str]:
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            while chunk := stream.read(PIECE_CHARS):
-                yield chunk
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text ({error.reason} {error.object[error.start]:#04x}); convert it with iconv"
-        ) from error
-
-
-def _json_rows(file: Path, column: str) -> Iterator[str]:
-    """Rows of a .jsonl (one object per line) or a .json (the same, or a single array of objects)."""
-    with file.open("rb") as stream:
-        beginning = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
-        stream.seek(0)
-        if beginning.startswith(b"["):
-            rows = _parse_json(stream.read(), str(file))
-            yield from (_json_text(row, column, f"{file}, row {number}") for number, row in enumerate(rows, 1))
-            return
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                where = f"{file}, line {number}"
-                yield _json_text(_parse_json(line, where), column, where)
-
-
-def _parse_json(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON ({_first_line(error)}); correct or remove it") from error
-
-
-def _json_text(row: Any, column: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} is not a JSON object; each row must be one, such as {{{column!r}: ...}}")
-    _require_column(where, list(row), column)
-    text = row[column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: {column!r} holds a {type(text).__name__}, not text; choose another text_column")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {column!r} is not valid Unicode ({error.reason}); correct or remove it") from error
-    return text
-
-
-def _parquet_rows(file: Path, column: str) -> Iterator[str]:
-    try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
-            _require_column(str(file), parquet.schema_arrow.names, column)
-            for batch in parquet.iter_batches(batch_size=1000, columns=[column]):
-                yield from _texts(str(file), batch, column)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file} is not a readable parquet file ({_first_line(error)}); fetch it again") from error
-
-
-_ROW_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-def _texts(where: str, table: pyarrow.Table | pyarrow.RecordBatch, column: str) -> Iterator[str]:
-    _require_column(where, table.schema.names, column)
-    values = table.column(column)
-    if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
-        raise ValueError(f"{where}: column {column!r} holds {values.type}, not text; choose another text_column")
-    return (value or "" for value in values.to_pylist())
 
 
 def _is_mirror(folder: Path) -> bool:
@@ -487,16 +253,6 @@ def _check_subset(name: str, subset: str | None, known: list[str], default: Call
     return subset
 
 
-def _require_split(source: Source, split: str) -> None:
-    if split not in source.splits():
-        raise ValueError(f"{source.name} has no split {split!r}; it has {', '.join(source.splits())}")
-
-
-def _require_column(where: str, columns: list[str], column: str) -> None:
-    if column not in columns:
-        raise ValueError(f"{where} has no column {column!r}; set text_column to one of {', '.join(map(str, columns))}")
-
-
 def _compile(pattern: str | None) -> re.Pattern[str] | None:
     try:
         return None if pattern is None else re.compile(pattern)
@@ -507,7 +263,3 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
 def _stat_of(file: Path, name: str) -> list[str | int]:
     status = file.stat()
     return [name, status.st_size, status.st_mtime_ns]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import traceback
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import mhe_lightning
 from mhe_lightning.verbs import UserError
@@ -21,38 +24,49 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
+        if not self.exit_on_error:
+            super().error(message, ex)  # a parser within the parser: the outer one reports
         raise UserError(condense(message, known)) from ex
 
 
-def condense(message: str, known: list[str]) -> str:
+def condense(message: str, known: Sequence[str] = ()) -> str:
     """jsonargparse's nested explanation as ``key: what is wrong``, with the nearest known option where one is near."""
     path: list[str] = []
     leaves: list[str] = []
     for line in message.splitlines():
-        text = line.strip().removeprefix("- ").strip()
-        if text.startswith('Parser key "'):
-            key, _, rest = text.removeprefix('Parser key "').partition('":')
-            path.append(key)
-            text = rest.strip()
+        text = _FACTORY.sub("", line.strip().removeprefix("- ")).strip()
+        if match := _KEY.match(text):
+            path.append(match.group(1))
+            text = text[match.end() :].strip()
         if text and not text.startswith(_NOISE) and text != "Expected a <class 'NoneType'>":
             leaves.append(text)
-    what = "; ".join(dict.fromkeys(leaves)) or message.strip().splitlines()[-1]
-    words = what.replace("=", " ").replace("'", " ").split()
-    for word in words:
-        option = word if word.startswith("--") else f"--{word}"
-        near = get_close_matches(option, known, n=1, cutoff=0.8)
-        if "." in option or word.startswith("--"):
-            if near and near[0] != option:
-                what += f"; did you mean {near[0]}?"
-            break
+    what = "; ".join(dict.fromkeys(leaves)) or message.strip()
+    if what.startswith("the following arguments are required") and "data" in what:
+        what += " (they come with --config, such as --config configs/quickstart.yaml)"
+    for word in re.findall(r"--[\w.]+", what):
+        near = get_close_matches(word, known, n=1, cutoff=0.8)
+        if near and near[0] != word:
+            what += f"; did you mean {near[0]}?"
     return f"{'.'.join(path)}: {what}" if path else what
 
 
-_NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Problem with given class_path", "Given value")
+_KEY = re.compile(r'Parser key "([\w.]+)":')
+_FACTORY = re.compile(r"Type <class '[\w.]+'> expects a function or a callable class: |\. Got value: Namespace\(.*\)$")
+_NOISE = (
+    "Does not validate against",
+    "Not a valid subclass of",
+    "Subtypes:",
+    "Errors:",
+    "Problem with given class_path",
+    "Given value",
+)
 
 
 def as_user_error(error: BaseException) -> UserError | None:
-    """A `ValueError` that this package raised is one for the user; any other error deserves its traceback."""
+    """The error as one for the user, if it is: raised by this package as `ValueError`, or a setting that Lightning
+    or jsonargparse refuses. Any other error deserves its traceback."""
+    if isinstance(error, MisconfigurationException) or str(error).startswith(_NOISE):
+        return UserError(condense(str(error)))
     frames = traceback.extract_tb(error.__traceback__)
     ours = Path(mhe_lightning.__file__).parent
     if isinstance(error, ValueError) and frames and ours in Path(frames[-1].filename).parents:

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mhe_lightning import run
+from mhe_lightning.accounting import parameters_by_part
 from mhe_lightning.callbacks import (
     Checkpoints,
     ExactResume,
@@ -39,6 +40,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     "check_val_every_n_epoch": None,  # training data have no end, so validation counts batches
     "log_every_n_steps": 10,
+    "enable_model_summary": False,  # its FLOPs and layer counts say little; we print parameters by part
 }
 
 
@@ -46,12 +48,8 @@ def main(verb: str, args: list[str]) -> None:
     _quieten()
     try:
         TrainCLI(verb, args)
-    except MisconfigurationException as error:
-        raise UserError(str(error)) from error
-    except ValueError as error:
-        if user_error := as_user_error(error):
-            raise user_error from error
-        raise
+    except (MisconfigurationException, ValueError) as error:
+        raise as_user_error(error) or error from error
 
 
 class TrainCLI(LightningCLI):
@@ -91,16 +89,14 @@ class TrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand]
         self.folder = Path(options.trainer.default_root_dir) / options.name
+        options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
         if self.subcommand == "fit":
             self._prepare_data(options)
-            self._claim(options)
-        else:
-            options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
-            if options.ckpt_path is None:
-                raise UserError(
-                    f"{self.subcommand} needs a trained model: give --ckpt_path, a file or 'auto' for the newest "
-                    f"checkpoint in {self.folder}"
-                )
+        elif options.ckpt_path is None:
+            raise UserError(
+                f"{self.subcommand} needs a trained model: give --ckpt_path, a file or 'auto' for the newest "
+                f"checkpoint in {self.folder}"
+            )
         self._compare_with_checkpoint(options)
 
     def _prepare_data(self, options: Namespace) -> None:
@@ -116,28 +112,6 @@ class TrainCLI(LightningCLI):
                 "--config and data options first"
             )
         data.prepare()
-
-    def _claim(self, options: Namespace) -> None:
-        """Take the run directory, or go on with the run in it."""
-        wants_newest = options.ckpt_path == "auto"
-        options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
-        if _rank() != 0:
-            return
-        self._lock = run.lock(self.folder)
-        if wants_newest and options.ckpt_path is not None:
-            print(f"going on from {options.ckpt_path}", flush=True)
-            return
-        if options.ckpt_path is not None and self.folder in Path(options.ckpt_path).parents:
-            return
-        step = run.last_step(self.folder)
-        moved = run.set_aside(self.folder)
-        if moved is not None:
-            self._lock = run.lock(self.folder)
-            print(
-                f"the earlier run in {self.folder} (step {max(step, 0)}) is kept as {moved}; "
-                "to go on with it instead: --ckpt_path auto --name " + moved.name,
-                flush=True,
-            )
 
     def _compare_with_checkpoint(self, options: Namespace) -> None:
         """The command line wins over the checkpoint; say where they differ."""
@@ -183,10 +157,29 @@ class TrainCLI(LightningCLI):
 
     def before_fit(self) -> None:
         if _rank() == 0:
+            self._claim(self.config[self.subcommand].ckpt_path)
             write_text(self.folder / run.CONFIG, self._config_text())
+            parts = parameters_by_part(self.model.net)
+            print(", ".join(f"{count:,} {part.replace('_', ' ')}" for part, count in parts.items() if count))
             tokenizer = getattr(self.datamodule, "tokenizer", None)
             if tokenizer is not None:
                 write_text(self.folder / run.TOKENIZER, tokenizer.to_str())
+
+    def _claim(self, ckpt_path: str | None) -> None:
+        """Go on with the run in the folder, or set aside what an earlier run left there."""
+        self._lock = run.lock(self.folder)
+        if ckpt_path is not None and self.folder.resolve() in Path(ckpt_path).resolve().parents:
+            print(f"going on from {ckpt_path}", flush=True)
+            return
+        step = run.last_step(self.folder)
+        moved = run.set_aside(self.folder)
+        if moved is not None:
+            self._lock = run.lock(self.folder)
+            print(
+                f"the earlier run in {self.folder} (step {max(step, 0)}) is kept as {moved}; "
+                f"to go on with it instead: --ckpt_path auto --name {moved.name}",
+                flush=True,
+            )
 
     def after_fit(self) -> None:
         if "val/loss" not in self.trainer.callback_metrics and self.datamodule is not None:

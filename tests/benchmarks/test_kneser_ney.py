@@ -283,7 +283,7 @@ class FakeSplit:
 def test_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     splits = {"a": FakeSplit(structured_text(50, seed=6)), "b": FakeSplit(structured_text(9, seed=7))}
     corpus = SimpleNamespace(vocab_size=28, split=splits.__getitem__)
-    module = ModuleType("mhe_lightning.data.corpus")
+    module = ModuleType("mhe_lightning.data.packed")
     module.open_corpus = lambda folder: corpus  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     kneser_ney.main(["folder", "--order", "3", "--train", "a", "--eval", "b"])

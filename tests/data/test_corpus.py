@@ -21,8 +21,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mhe_lightning.data import corpus as corpus_module
-from mhe_lightning.data.corpus import CorpusError, CorpusSpec, PackedSplit, find_corpus, open_corpus, prepare
-from mhe_lightning.data.sources import Piece
+from mhe_lightning.data import packing
+from mhe_lightning.data.assignment import Turns
+from mhe_lightning.data.corpus import CorpusSpec, find_corpus, prepare
+from mhe_lightning.data.packed import CorpusError, PackedSplit, open_corpus
+from mhe_lightning.data.pieces import Piece
 from mhe_lightning.data.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +122,7 @@ def test_no_document_is_on_both_sides_of_a_split_that_is_cut_here(tmp_path):
 @given(validation=st.floats(0.01, 0.45), test=st.floats(0.01, 0.45), count=st.integers(0, 300))
 @settings(max_examples=50, deadline=None)
 def test_held_out_shares_are_met_to_within_a_document(validation, test, count):
-    turns = corpus_module._Turns({"validation": validation, "test": test})
+    turns = Turns({"validation": validation, "test": test})
     taken = [turns.next() for _ in range(count)]
     assert abs(taken.count("validation") - validation * count) <= 1
     assert abs(taken.count("test") - test * count) <= 2
@@ -130,7 +133,7 @@ def test_a_piece_that_is_followed_by_a_duplicate_ends_its_document(tmp_path, mon
     monkeypatch.setattr("mhe_lightning.data.sources.FileSource.pieces", lambda self, split: iter(pieces))
     (tmp_path / "any.txt").write_text("x")
     spec = small(tmp_path / "any.txt", validation_fraction=0, deduplicate=True)
-    assert list(corpus_module._Assignment(spec).pieces()) == [
+    assert list(spec.assignment().pieces()) == [
         ("train", Piece("a\n", False)),
         ("train", Piece("b\n", True)),
         ("train", Piece("c\n", True)),
@@ -164,7 +167,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_only(tmp_path):
 
 def test_training_the_tokenizer_stops_at_its_limit_of_text(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(corpus_module, "TOKENIZER_TRAINING_BYTES", 500)
-    texts = corpus_module._training_texts(corpus_module._Assignment(small(rows)), lambda size: None)
+    texts = corpus_module._training_texts(small(rows).assignment(), lambda size: None)
     assert 500 <= sum(map(len, texts)) < 700
 
 
@@ -209,7 +212,7 @@ def test_a_mirror_and_its_hub_name_give_the_same_tokens(tmp_path, monkeypatch):
 
 
 def test_only_a_few_batches_are_read_ahead(monkeypatch):
-    monkeypatch.setattr(corpus_module, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(packing, "BATCH_BYTES", 1000)
     tokenizer = train_tokenizer([], "bpe", 300)
     taken = 0
 
@@ -219,7 +222,7 @@ def test_only_a_few_batches_are_read_ahead(monkeypatch):
             taken += 1
             yield "train", Piece(document(number), True)
 
-    encoded = corpus_module._encoded(corpus_module._batches(pieces()), tokenizer)
+    encoded = packing.encoded(packing.in_batches(pieces()), tokenizer)
     for number in range(1, 6):
         batch, encodings = next(encoded)
         assert len(batch) == len(encodings) < 30
@@ -396,7 +399,7 @@ def test_a_failed_prepare_leaves_no_trace(rows, tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(corpus_module, "_write_durably", full_disk)
+    monkeypatch.setattr(corpus_module, "write_text", full_disk)
     with pytest.raises(OSError, match="No space left"):
         pack(small(rows), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from mhe_lightning.data.sources import FileSource, HubSource, Piece, cut, open_source
+from mhe_lightning.data.pieces import Piece, cut
+from mhe_lightning.data.sources import FileSource, HubSource, open_source
 from mhe_lightning.data.tokenizer import train_tokenizer
 
 TITLE = r"^ = [^=].* = \n?$"

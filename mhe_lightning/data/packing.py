@@ -1,0 +1,173 @@
+"""From batches of text to the shards of a split."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+from tqdm import tqdm
+
+from mhe_lightning.data.pieces import Piece
+
+BATCH_BYTES = 4_000_000
+PROGRESS_INTERVAL_S = 5.0
+
+
+def in_batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, Piece]]]:
+    """Pieces in lists of about `BATCH_BYTES` of text."""
+    batch: list[tuple[str, Piece]] = []
+    size = 0
+    for split, piece in pieces:
+        batch.append((split, piece))
+        size += len(piece.text)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encoded(
+    batches: Iterable[list[tuple[str, Piece]]], tokenizer: Tokenizer
+) -> Iterator[tuple[list[tuple[str, Piece]], list[Encoding]]]:
+    """Each batch with its encodings; the next is encoded meanwhile, in a thread (Rust releases the GIL)."""
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    # A document that spells out a special token gets its characters: text cannot end a document.
+    tokenizer.encode_special_tokens = True
+
+    def encode(batch: list[tuple[str, Piece]]) -> list[Encoding]:
+        return tokenizer.encode_batch_fast([piece.text for _, piece in batch], add_special_tokens=False)
+
+    waiting: tuple[list[tuple[str, Piece]], Future[list[Encoding]]] | None = None
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for batch in batches:
+            encoding = pool.submit(encode, batch)
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = batch, encoding
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+def tokens_by_split(
+    batch: list[tuple[str, Piece]], encodings: list[Encoding], end_of_text: int
+) -> dict[str, list[int]]:
+    """Token ids of a batch for each split in it; an end-of-text token follows each document that ends."""
+    tokens: defaultdict[str, list[int]] = defaultdict(list)
+    for (split, piece), encoding in zip(batch, encodings, strict=True):
+        tokens[split] += encoding.ids
+        if piece.ends_document:
+            tokens[split].append(end_of_text)
+    return tokens
+
+
+class SplitWriter:
+    """Writes the shards of one split and keeps its counts."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, shard_tokens: int, end_of_text: int) -> None:
+        self.folder = folder
+        self.split = split
+        self.dtype = dtype
+        self.shard_tokens = shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self.documents = self.words = self.bytes = 0
+        self.text_hash = hashlib.sha256()
+        self.file: Any = None
+        self.written = 0
+        self.write(np.array([end_of_text], dtype=dtype))
+
+    def count(self, piece: Piece) -> int:
+        """Add a piece of text to the counts; returns its bytes."""
+        data = piece.text.encode()
+        self.text_hash.update(data)
+        self.bytes += len(data)
+        self.words += len(piece.text.split()) + piece.text.count("\n")
+        if piece.ends_document:
+            self.documents += 1
+            self.words += not piece.text.endswith("\n")
+            self.text_hash.update(b"\0")
+        return len(data)
+
+    def write(self, tokens: npt.NDArray[Any]) -> None:
+        """Append tokens, over as many shards as it takes."""
+        while len(tokens):
+            if self.file is None:
+                self._begin_shard()
+            part, tokens = np.split(tokens, [self.shard_tokens - self.written])
+            data = part.tobytes()
+            self.file.write(data)
+            self.shard_hash.update(data)
+            self.written += len(part)
+            if self.written == self.shard_tokens:
+                self._end_shard()
+
+    def close(self, duplicates_removed: int) -> dict[str, Any]:
+        """Finish the last shard; returns the split's entry in the manifest."""
+        if self.file is not None:
+            self._end_shard()
+        return {
+            "tokens": sum(shard["tokens"] for shard in self.shards),
+            "documents": self.documents,
+            "duplicates_removed": duplicates_removed,
+            "words": self.words,
+            "bytes": self.bytes,
+            "corpus_sha256": self.text_hash.hexdigest(),
+            "shards": self.shards,
+        }
+
+    def _begin_shard(self) -> None:
+        self.name = f"{self.split}-{len(self.shards):05d}.bin"
+        self.file = (self.folder / self.name).open("wb")
+        self.shard_hash = hashlib.sha256()
+        self.written = 0
+
+    def _end_shard(self) -> None:
+        with self.file:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file = None
+        size = self.written * np.dtype(self.dtype).itemsize
+        entry = {
+            "file": self.name,
+            "tokens": self.written,
+            "bytes": size,
+            "sha256": self.shard_hash.hexdigest(),
+        }
+        self.shards.append(entry)
+
+
+@contextmanager
+def reporting(what: str, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Report text done, in bytes, on stderr: a bar on a terminal, lines elsewhere. Yields the counter."""
+    terminal = sys.stderr.isatty()
+    began = reported = time.monotonic()
+    total = 0
+
+    def report() -> None:
+        rate = total / max(time.monotonic() - began, 1e-9)
+        print(f"prepare: {what}, {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s", file=sys.stderr, flush=True)
+
+    def update(size: int) -> None:
+        nonlocal total, reported
+        total += size
+        bar.update(size)
+        if shown and not terminal and time.monotonic() - reported >= PROGRESS_INTERVAL_S:
+            reported = time.monotonic()
+            report()
+
+    silent = not (shown and terminal)
+    with tqdm(desc=f"prepare: {what}", unit="B", unit_scale=True, file=sys.stderr, disable=silent) as bar:
+        yield update
+    if shown and not terminal:
+        report()
