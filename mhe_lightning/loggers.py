@@ -76,13 +76,13 @@ class MetricsCSV(Logger):
             return
         new = [key for key in sorted(row) if key not in self._columns]
         if self._file is None or new:
-            self._rewrite(before=row["step"], columns=new)
+            row = {**self._rewrite(step=row["step"], columns=new), **row}
         assert self._file is not None
         csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(row)
         self._file.flush()
 
-    def _rewrite(self, before: int, columns: list[str]) -> None:
-        """Open the file with ``columns`` added, keeping the complete rows of earlier steps."""
+    def _rewrite(self, step: int, columns: list[str]) -> dict[str, str]:
+        """Open the file with ``columns`` added, keeping the complete rows of earlier steps; returns that of ``step``."""
         rows: list[dict[str, str]] = []
         if self._file is not None:
             self._file.close()
@@ -91,9 +91,10 @@ class MetricsCSV(Logger):
                 reader = csv.DictReader(file)
                 self._columns += [c for c in reader.fieldnames or [] if c not in self._columns]
                 # a row that a kill cut short has no value in its last columns
-                rows = [r for r in reader if None not in r.values() and int(r["step"]) < before]
+                rows = [row for row in reader if None not in row.values()]
         self._columns += [c for c in columns if c not in self._columns]
         lines = [",".join(self._columns)]
-        lines += [",".join(row.get(c, "") for c in self._columns) for row in rows]
+        lines += [",".join(row.get(c, "") for c in self._columns) for row in rows if int(row["step"]) < step]
         write_text(self._path, "\n".join(lines) + "\n")
         self._file = open(self._path, "a", encoding="utf-8", newline="")  # noqa: SIM115 - closed in finalize
+        return next((row for row in rows if int(row["step"]) == step), {})

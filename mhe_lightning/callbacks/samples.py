@@ -17,7 +17,7 @@ class Samples(Callback):
 
     Args:
         prompts: texts to continue; none, no samples.
-        max_new_tokens: tokens to add to each.
+        max_new_tokens: tokens to add to each, as far as the model has positions.
         temperature: of the sampling; 0 is greedy.
         top_k: sample from the k most likely tokens only.
         seed: of the sampling.
@@ -43,12 +43,13 @@ class Samples(Callback):
             return
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         net.eval()
+        longest = 1 + max(len(corpus.tokenizer.encode(prompt).ids) for prompt in self.prompts)
         texts = generate_text(
             net,
             corpus.tokenizer,
             corpus.end_of_text_id,
             self.prompts,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=max(1, min(self.max_new_tokens, net.max_length - longest)),
             temperature=self.temperature,
             top_k=self.top_k,
             seed=self.seed,

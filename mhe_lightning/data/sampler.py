@@ -68,9 +68,7 @@ class TrainingSampler(Sampler[list[int]]):
         start: position of the stream to begin at.
     """
 
-    def __init__(
-        self, order: RowOrder, *, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0
-    ) -> None:
+    def __init__(self, order: RowOrder, *, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> None:
         self.order = order
         self.batch_size = batch_size
         self.per_rank = rows_per_rank(batch_size, world_size)

@@ -176,5 +176,6 @@ class StreamedBlocks(IterableDataset[Batch]):
                     yield buffer[row * self.length : (row + 1) * self.length + 1]
                 buffer = buffer[rows * self.length :]
             if read == 0:
-                raise ValueError(f"{self.spec.path} has no text in its training split; check the source and text_column")
-
+                raise ValueError(
+                    f"{self.spec.path} has no text in its training split; check the source and text_column"
+                )

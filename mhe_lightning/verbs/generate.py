@@ -50,7 +50,7 @@ def load_net(checkpoint: dict[str, Any]) -> nn.Module:
     spec.setdefault("init_args", {})["vocab_size"] = weights["token_embedding.weight"].shape[0]
     parser = Parser()
     parser.add_subclass_arguments(nn.Module, "net")
-    net: nn.Module = parser.instantiate_classes(parser.parse_object({"net": spec})).net
+    net: nn.Module = parser.instantiate(parser.parse_object({"net": spec})).net
     net.load_state_dict(weights)
     return net.eval()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningDataModule
 
@@ -17,11 +19,11 @@ def main(verb: str, args: list[str]) -> None:
     parser.add_argument("--seed_everything", type=int, default=1, help="The run's seed.")
     parser.link_arguments("seed_everything", "data.init_args.seed")
     for key in ("model", "trainer", "checkpoints", "samples"):
-        parser.add_argument(f"--{key}", type=dict, help="Accepted, so that a whole config fits; not used.")
+        parser.add_argument(f"--{key}", type=Any, help="Accepted, so that a whole config fits; not used.")
     for key in ("name", "ckpt_path", "weights_only"):
         parser.add_argument(f"--{key}", help="Accepted, so that a whole config fits; not used.")
     try:
-        data = parser.instantiate_classes(parser.parse_args(args)).data
+        data = parser.instantiate(parser.parse_args(args)).data
         if not isinstance(data, ExactDataModule):
             raise UserError(f"{type(data).__name__} has nothing to prepare")
         data.prepare()

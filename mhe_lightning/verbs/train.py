@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 def main(verb: str, args: list[str]) -> None:
     _quieten()
     try:
-        TrainCLI(verb, args)
+        with ExitStack() as held:
+            TrainCLI(verb, args, held)
     except (MisconfigurationException, ValueError) as error:
         raise as_user_error(error) or error from error
 
@@ -58,9 +60,11 @@ class TrainCLI(LightningCLI):
     Args:
         verb: "fit", "validate", "test" or "predict".
         args: what follows the verb on the command line.
+        held: takes what must be released when the verb has ended.
     """
 
-    def __init__(self, verb: str, args: list[str]) -> None:
+    def __init__(self, verb: str, args: list[str], held: ExitStack) -> None:
+        self._held = held
         sys.argv[1:] = [verb, *args]  # Lightning launches the other processes of a host with this command line
         super().__init__(
             LightningModule,
@@ -103,7 +107,7 @@ class TrainCLI(LightningCLI):
         """Make missing data, but never in a group of processes, where the others would time out waiting."""
         parser = Parser()
         parser.add_subclass_arguments(LightningDataModule, "data")
-        data = parser.instantiate_classes(Namespace(data=options.data)).data
+        data = parser.instantiate(Namespace(data=options.data)).data
         if not isinstance(data, ExactDataModule) or data.prepared:
             return
         if _launched_processes() > 1:
@@ -127,7 +131,7 @@ class TrainCLI(LightningCLI):
 
     def _config_text(self) -> str:
         parser = self._parser(self.subcommand)
-        text: str = parser.dump(self.config[self.subcommand], skip_none=False, skip_link_targets=True)
+        text: str = parser.dump(self.config[self.subcommand], skip_unset=False, skip_link_targets=True)
         return text
 
     # The trainer
@@ -135,7 +139,9 @@ class TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand].trainer
         loggers = options.logger
-        if loggers in (None, True):
+        if self.subcommand != "fit":
+            loggers = False  # what they find goes to results.json; metrics.csv is the training's
+        elif loggers in (None, True):
             board = TensorBoardLogger(self.folder, name="", version="", sub_dir="tensorboard")
             loggers = [MetricsCSV(self.folder), board]
         kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
@@ -167,14 +173,14 @@ class TrainCLI(LightningCLI):
 
     def _claim(self, ckpt_path: str | None) -> None:
         """Go on with the run in the folder, or set aside what an earlier run left there."""
-        self._lock = run.lock(self.folder)
+        self._held.enter_context(run.lock(self.folder))
         if ckpt_path is not None and self.folder.resolve() in Path(ckpt_path).resolve().parents:
             print(f"going on from {ckpt_path}", flush=True)
             return
         step = run.last_step(self.folder)
         moved = run.set_aside(self.folder)
         if moved is not None:
-            self._lock = run.lock(self.folder)
+            self._held.enter_context(run.lock(self.folder))
             print(
                 f"the earlier run in {self.folder} (step {max(step, 0)}) is kept as {moved}; "
                 f"to go on with it instead: --ckpt_path auto --name {moved.name}",

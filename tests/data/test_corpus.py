@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
-import signal
 import socket
-import subprocess
-import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from mhe_lightning.data.packed import CorpusError, PackedSplit, open_corpus
 from mhe_lightning.data.pieces import Piece
 from mhe_lightning.data.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).parents[2]
 GIVEN = {"train": "train", "validation": "validation", "test": "test"}
 
 
@@ -305,6 +303,18 @@ def test_an_edited_source_or_option_makes_another_corpus(rows, tmp_path):
     assert small(rows).fingerprint() != small(rows, tokenizer_size=301).fingerprint()
 
 
+def test_an_option_without_effect_makes_no_other_corpus(rows, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    train_tokenizer([], "bpe", 300).save(str(file))
+    copy = tmp_path / "copy.json"
+    copy.write_bytes(file.read_bytes())
+    given = {"validation_path": str(rows), "tokenizer": str(file)}
+    one = small(rows, **given).fingerprint()
+    assert small(rows, **given, validation_fraction=0.3).fingerprint() == one
+    assert small(rows, **{**given, "tokenizer": str(copy)}, tokenizer_size=500).fingerprint() == one
+    assert small(rows, **given, test_fraction=0.3).fingerprint() != one
+
+
 def truncate(folder: Path) -> None:
     shard = folder / "train-00000.bin"
     os.truncate(shard, shard.stat().st_size - 2)
@@ -375,19 +385,16 @@ def test_a_folder_without_a_corpus_is_refused(tmp_path):
         open_corpus(tmp_path)
 
 
-def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_cleans_up(rows, tmp_path):
-    code = f"""
-import time
-from mhe_lightning.data import corpus
-corpus._publish = lambda *folders: (print("built", flush=True), time.sleep(60))
-spec = corpus.CorpusSpec(path={str(rows)!r}, tokenizer_size=300, validation_fraction=0.1)
-corpus.prepare(spec, {str(tmp_path / "cache")!r}, progress=False)
-"""
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "built\n"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_cleans_up(rows, tmp_path, monkeypatch):
+    fork = multiprocessing.get_context("fork")  # a fresh process would import for seconds
+    built = fork.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_publish", lambda *folders: (built.set(), time.sleep(60)))
+        child = fork.Process(target=pack, args=(small(rows), tmp_path / "cache"))
+        child.start()
+    assert built.wait(30)
+    child.kill()
+    child.join()
     leftovers = list((tmp_path / "cache").iterdir())
     assert len(leftovers) == 1
     assert find_corpus(small(rows), tmp_path / "cache") is None

@@ -83,14 +83,11 @@ def test_without_document_ids_documents_do_see_each_other():
 
 
 def test_positions_count_from_the_start_of_each_document():
-    net = decoder(dtype=torch.float64)
-    with torch.no_grad():
-        net.position_embedding.weight[3:] = math.nan  # what is never looked up does no harm
-    documents = torch.tensor([[7, 7, 7, 9, 9, 9, 2, 2]])
-    assert bool(net(draw(1, 8), documents=documents).isfinite().all())
-    documents = torch.tensor([[7, 7, 7, 9, 9, 9, 9, 2]])
-    hidden = net(draw(1, 8), documents=documents)
-    assert hidden.isnan().any(-1).tolist() == [[False] * 6 + [True, False]]
+    net = decoder()
+    looked_up = []
+    net.position_embedding.register_forward_pre_hook(lambda _, inputs: looked_up.append(inputs[0]))
+    net(draw(2, 8), documents=torch.tensor([[7, 7, 7, 9, 9, 9, 9, 2], [0, 1, 1, 1, 0, 0, 3, 3]]))
+    assert looked_up[0].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 0, 1, 2, 0, 1, 0, 1]]
 
 
 @every_attention
@@ -269,13 +266,12 @@ def test_compilation_keeps_the_names_of_the_parameters():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mhe_add", "gqa2"])
-def test_compiled_blocks_give_the_eager_loss(name):
+def test_compiled_blocks_give_the_eager_loss():
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         pytest.skip("torch.compile needs a C++ compiler; neither c++, g++ nor clang++ is on PATH")
     losses = []
     for compile in (False, True):
-        net = decoder(name).train()
+        net = decoder(n_layers=1).train()
         names = list(net.state_dict())
         parallelize(net, compile=compile)
         loss = net.loss(net(draw(2, LENGTH)), draw(2, LENGTH, seed=2))

@@ -59,15 +59,11 @@ class LargestTensor(TorchDispatchMode):
 )
 def test_value_and_gradients_equal_cross_entropy(sizes, chunk_size, ignored, label_smoothing, bias, seed):
     hidden, weight, b, targets = problem(*sizes, ignored=ignored, bias=bias, seed=seed)
-    loss = linear_cross_entropy(
-        hidden, weight, targets, bias=b, label_smoothing=label_smoothing, chunk_size=chunk_size
-    )
+    loss = linear_cross_entropy(hidden, weight, targets, bias=b, label_smoothing=label_smoothing, chunk_size=chunk_size)
     expected = literal(hidden, weight, b, targets, label_smoothing)
     assert loss.shape == ()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    for actual, wanted in zip(
-        gradients(loss, hidden, weight, b), gradients(expected, hidden, weight, b), strict=True
-    ):
+    for actual, wanted in zip(gradients(loss, hidden, weight, b), gradients(expected, hidden, weight, b), strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-11, atol=1e-12)
 
 
@@ -146,14 +142,10 @@ def test_autograd_agrees_with_finite_differences():
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_bf16_autocast_is_close_to_float32(label_smoothing):
-    hidden, weight, b, targets = problem(
-        batch=4, length=64, width=32, vocabulary=101, bias=True, dtype=torch.float32
-    )
+    hidden, weight, b, targets = problem(batch=4, length=64, width=32, vocabulary=101, bias=True, dtype=torch.float32)
     exact = linear_cross_entropy(hidden, weight, targets, bias=b, label_smoothing=label_smoothing)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = linear_cross_entropy(
-            hidden, weight, targets, bias=b, label_smoothing=label_smoothing, chunk_size=16
-        )
+        loss = linear_cross_entropy(hidden, weight, targets, bias=b, label_smoothing=label_smoothing, chunk_size=16)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=2e-3, atol=0.0)
     for actual, wanted in zip(gradients(loss, hidden, weight, b), gradients(exact, hidden, weight, b), strict=True):

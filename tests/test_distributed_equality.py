@@ -1,0 +1,113 @@
+"""One process and two train, evaluate and predict the same, and a run may go on with another number of processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import logged
+from mhe_lightning.checkpoint import newest_checkpoint, read_checkpoint
+from mhe_lightning.data import LanguageModelingData
+from mhe_lightning.data.corpus import CorpusSpec
+from processes import run
+
+pytestmark = pytest.mark.distributed
+ON_TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def close(rel: float, values: dict[int, str]) -> object:
+    return pytest.approx({step: float(value) for step, value in values.items()}, rel=rel, abs=0)
+
+
+def numbers(values: dict[int, str]) -> dict[int, float]:
+    return {step: float(value) for step, value in values.items()}
+
+
+def rows_of(path: Path, split: str) -> int:
+    """Rows of a split under the config at ``path``."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["init_args"]
+    data = LanguageModelingData(**{**settings, "corpus": CorpusSpec(**settings["corpus"])}, seed=0)
+    data.prepare()
+    return len(data.dataset(split))
+
+
+def predictions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_two_processes_do_what_one_does(tiny_config: Callable[..., Path], prose: Path, tmp_path: Path, capsys):
+    path = tiny_config(
+        net={
+            "dropout": 0.0,
+            "attention": {"class_path": "mhe_lightning.attention.MHE", "init_args": {"combine": "add", "dropout": 0.0}},
+        },
+        model={"schedule": "constant"},  # so that a run of 6 steps begins as one of 12 does
+        data={
+            "corpus": {
+                "path": str(prose),
+                "tokenizer_size": 300,
+                "validation_fraction": 0.1,
+                "test_fraction": 0.1,
+            },
+            "batch_size": 48,  # 12 steps go on into a second epoch
+            "eval_batch_size": 10,
+            "eval_stride": 11,
+        },
+        trainer={"max_steps": 12, "val_check_interval": 3},
+    )
+    for split in ("validation", "test"):
+        assert rows_of(path, split) % 2 == 1
+    assert 6 * 48 < rows_of(path, "train") < 12 * 48
+    log = tmp_path / "log"
+    one, moved = tmp_path / "runs" / "one", tmp_path / "runs" / "moved"
+    fit = ["fit", "--config", str(path), "--name"]
+
+    assert run([*fit, "one"], log=log) == [0], log.read_text()
+    two_ranks = run([*fit, "moved", "--trainer.max_steps=6", *ON_TWO], ranks=2, log=log)
+    assert two_ranks == [0, 0], log.read_text()
+
+    losses = logged(one, "train/loss")
+    assert list(losses) == list(range(1, 13))
+    first_losses = {step: losses[step] for step in range(1, 7)}
+    assert numbers(logged(moved, "train/loss")) == close(1e-5, first_losses)
+    ppl = logged(one, "val/ppl")
+    assert list(ppl) == [3, 6, 9, 12]
+    assert numbers(logged(moved, "val/ppl")) == close(1e-6, {step: ppl[step] for step in (3, 6)})
+    for column in ("tokens_seen", "lr"):
+        assert logged(moved, column) == {step: logged(one, column)[step] for step in range(1, 7)}
+
+    # on one process now, over the same rows
+    assert run([*fit, "moved", "--ckpt_path", "auto"], log=log) == [0], log.read_text()
+    assert numbers(logged(moved, "train/loss")) == close(1e-5, losses)
+    assert numbers(logged(moved, "val/ppl")) == close(1e-5, ppl)
+    assert logged(moved, "tokens_seen") == logged(one, "tokens_seen")
+    assert_certificate(moved, capsys)
+
+    # and what it predicts
+    predict = ["predict", "--config", str(path), "--name", "moved", "--ckpt_path", "auto"]
+    assert run([*predict, *ON_TWO], ranks=2, log=log) == [0, 0], log.read_text()
+    by_two = predictions(moved)
+    assert run(predict, log=log) == [0], log.read_text()
+    by_one = predictions(moved)
+    assert [row["row"] for row in by_two] == list(range(rows_of(path, "test")))
+    assert [(row["row"], row["tokens"]) for row in by_two] == [(row["row"], row["tokens"]) for row in by_one]
+    for key in ("loss", "ppl"):
+        assert [row[key] for row in by_two] == pytest.approx([row[key] for row in by_one], rel=1e-5)
+
+
+def assert_certificate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The final checkpoint proves that both parts of the run trained the rows of the seed, each once per epoch."""
+    from mhe_lightning.cli import main
+
+    main(["verify-resume", str(folder)])
+    assert "576 rows trained in the order of seed 1, none skipped, none repeated" in capsys.readouterr().out
+    path = newest_checkpoint(folder / "checkpoints")
+    assert path is not None
+    checkpoint = read_checkpoint(path)
+    assert checkpoint["global_step"] == 12
+    segments = checkpoint["LanguageModelingData"]["segments"]
+    assert [(s["world_size"], s["start"], s["stop"]) for s in segments] == [(2, 0, 288), (1, 288, 576)]
