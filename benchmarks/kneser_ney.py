@@ -227,9 +227,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     corpus = open_corpus(options.folder)
     train, held_out = corpus.split(options.train), corpus.split(options.eval)
     if len(held_out) < 2:
-        raise ValueError(
-            f"split {options.eval!r} holds {len(held_out)} token(s) but needs 2; pass a longer one"
-        )
+        raise ValueError(f"split {options.eval!r} holds {len(held_out)} token(s) but needs 2; pass a longer one")
     began = time.perf_counter()
     model = KneserNey(options.order, corpus.vocab_size).fit(train.read(0, len(train)))
     fitted = time.perf_counter()

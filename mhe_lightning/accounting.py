@@ -15,9 +15,7 @@ def parameters_by_part(net: nn.Module) -> dict[str, int]:
         ``embeddings``, ``attention_qkv``, ``attention_output``, ``feed_forward``, ``norms``, ``other``, their
         ``total``, and the total ``without_embeddings``.
     """
-    counts = dict.fromkeys(
-        ("embeddings", "attention_qkv", "attention_output", "feed_forward", "norms", "other"), 0
-    )
+    counts = dict.fromkeys(("embeddings", "attention_qkv", "attention_output", "feed_forward", "norms", "other"), 0)
     counted: set[int] = set()
 
     def count(part: str, module: nn.Module) -> None:

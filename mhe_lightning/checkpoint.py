@@ -29,9 +29,7 @@ class CheckpointError(ValueError):
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint completely or not at all, with a checksum beside it; reads tensors and plain data only."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         path = Path(path)
         with atomic_write(path) as file:
             torch.save(checkpoint, file)

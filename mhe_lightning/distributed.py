@@ -24,7 +24,5 @@ def parallelize(net: nn.Module, *, compile: bool = False, activation_checkpointi
             block.compile()
     if activation_checkpointing:
         if not hasattr(net, "checkpoint_activations"):
-            raise ValueError(
-                f"activation_checkpointing: {type(net).__name__} has no `checkpoint_activations` switch"
-            )
-        net.checkpoint_activations = True
+            raise ValueError(f"activation_checkpointing: {type(net).__name__} has no `checkpoint_activations` switch")
+        net.checkpoint_activations = True  # type: ignore[assignment]

@@ -82,7 +82,7 @@ class MetricsCSV(Logger):
         self._file.flush()
 
     def _rewrite(self, step: int, columns: list[str]) -> dict[str, str]:
-        """Open the file with ``columns`` added, keeping the complete rows of earlier steps; returns that of ``step``."""
+        """Open the file with ``columns`` added, keeping complete rows of earlier steps; returns that of ``step``."""
         rows: list[dict[str, str]] = []
         if self._file is not None:
             self._file.close()

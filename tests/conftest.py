@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
-WORDS = "the a cat dog bird tree river stone light dark sings runs sleeps over under with slowly often never".split()
+WORDS = "the a cat dog bird tree river stone light dark sings runs sleeps over under with slowly often".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import yaml
-from conftest import logged
 
+from conftest import logged
 from mhe_lightning.checkpoint import config_of, newest_checkpoint, read_checkpoint
 from mhe_lightning.cli import main
 

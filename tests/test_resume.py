@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+
 from conftest import logged
+from mhe_lightning.checkpoint import newest_checkpoint, read_checkpoint
 from processes import run
 
-CASES = {
-    "plain": dict(ranks=1, workers=0, accumulate=1),
-    "workers": dict(ranks=1, workers=2, accumulate=1),
-    "accumulation": dict(ranks=1, workers=0, accumulate=2),
-    "two ranks": dict(ranks=2, workers=0, accumulate=1),
-    "two ranks, workers, accumulation": dict(ranks=2, workers=2, accumulate=2),
-}
+distributed = pytest.mark.distributed
+
+CASES = [
+    pytest.param(1, 0, 1, 5, id="one rank"),
+    pytest.param(1, 2, 1, 8, id="two workers"),
+    pytest.param(1, 0, 2, 9, id="accumulation"),
+    pytest.param(2, 0, 1, 7, id="two ranks", marks=distributed),
+    pytest.param(2, 2, 2, 10, id="two ranks, two workers, accumulation", marks=distributed),
+]
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=_marks) for case, _marks in
-    [(name, [pytest.mark.distributed] if c["ranks"] > 1 else []) for name, c in CASES.items()]])
-@pytest.mark.parametrize("killed_after", [5, 9])
-def test_losses_after_a_kill_equal_the_uninterrupted_runs(case, killed_after, tiny_config, tmp_path):
-    settings = CASES[case]
+@pytest.mark.parametrize(("ranks", "workers", "accumulate", "killed_in_step"), CASES)
+def test_losses_after_a_kill_equal_the_uninterrupted_runs(
+    ranks, workers, accumulate, killed_in_step, tiny_config, tmp_path
+):
     path = tiny_config(
-        data={"num_workers": settings["workers"], "batch_size": 40},
+        data={"num_workers": workers, "batch_size": 40},
         trainer={
             "max_steps": 12,
-            "accumulate_grad_batches": settings["accumulate"],
-            "strategy": "ddp" if settings["ranks"] > 1 else "auto",
-            "devices": settings["ranks"],
-            "val_check_interval": 3 * settings["accumulate"],
+            "accumulate_grad_batches": accumulate,
+            "strategy": "ddp" if ranks > 1 else "auto",
+            "devices": ranks,
+            "val_check_interval": 3 * accumulate,
         },
     )
     fit = ["fit", "--config", str(path)]
     log = tmp_path / "log"
     kill = [
         "--trainer.callbacks+=processes.KillAt",
-        f"--trainer.callbacks.micro_batch={killed_after * settings['accumulate']}",
+        f"--trainer.callbacks.micro_batch={killed_in_step * accumulate - 1}",
     ]
 
-    assert run([*fit, "--name", "whole"], ranks=settings["ranks"], log=log) == [0] * settings["ranks"], log.read_text()
-    killed = run([*fit, "--name", "killed", *kill], ranks=settings["ranks"], log=log)
+    assert run([*fit, "--name", "whole"], ranks=ranks, log=log) == [0] * ranks, log.read_text()
+    killed = run([*fit, "--name", "killed", *kill], ranks=ranks, log=log)
     assert all(code != 0 for code in killed), log.read_text()
-    resumed = run([*fit, "--name", "killed", "--ckpt_path", "auto"], ranks=settings["ranks"], log=log)
-    assert resumed == [0] * settings["ranks"], log.read_text()
+    assert run([*fit, "--name", "killed", "--ckpt_path", "auto"], ranks=ranks, log=log) == [0] * ranks, log.read_text()
 
     runs = tmp_path / "runs"
     for column in ("train/loss", "val/loss", "tokens_seen", "lr"):
         assert logged(runs / "killed", column) == logged(runs / "whole", column)
     assert list(logged(runs / "whole", "train/loss")) == list(range(1, 13))
+    checkpoint = read_checkpoint(newest_checkpoint(runs / "whole" / "checkpoints"))
+    data = checkpoint["LanguageModelingData"]
+    assert data["consumed"] > data["n_rows"], "the run must go over an epoch's border"

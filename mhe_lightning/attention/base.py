@@ -152,8 +152,8 @@ class KVCache:
 
     The buffers are allocated once, at the first call, for ``max_length`` tokens and with the heads that the variant
     stores, so that decoding neither reallocates nor copies what is there. They are written in place: use it without
-    gradients (``torch.no_grad`` or ``inference_mode``). A cache that holds a context's keys and values (cross-attention)
-    is for that context alone.
+    gradients (``torch.no_grad`` or ``inference_mode``). A cache that holds a context's keys and values, in
+    cross-attention, is for that context alone.
 
     Args:
         max_length: tokens that it can hold.

@@ -1,4 +1,4 @@
-"""Attention whose heads have keys and values of their own (MHA), share them in groups (GQA), or all share (MQA, SHA)."""
+"""Attention whose heads have keys and values of their own (MHA), or share them in groups (GQA) or all (MQA, SHA)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ class GQA(Attention):
         bias: whether the projections have biases.
     """
 
-    def __init__(
-        self, *, width: int, n_heads: int, n_kv_heads: int, dropout: float = 0.0, bias: bool = True
-    ) -> None:
+    def __init__(self, *, width: int, n_heads: int, n_kv_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
         check_divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
         self.n_kv_heads = n_kv_heads

@@ -45,9 +45,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new to save yet
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
 
     def on_train_batch_end(
@@ -73,9 +71,7 @@ class Checkpoints(Checkpoint):
         _prune(trainer, [old for old in path.parent.glob(f"best-step=*{SUFFIX}") if old != path])
 
     def _save_newest(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(
-            self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}", weights_only=False
-        )
+        trainer.save_checkpoint(self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._saved_step = trainer.global_step
         _prune(trainer, resumable_checkpoints(self._folder(trainer))[: -self.keep])
 

@@ -30,9 +30,7 @@ class ExactResume(Callback):
         kwargs = trainer.distributed_sampler_kwargs  # ranks that share their data share their randomness
         self._rank = kwargs["rank"] if kwargs else 0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         data = _data_module(trainer)
         if data is not None:
             seed_step(self.seed, data.micro_batches, self._rank)

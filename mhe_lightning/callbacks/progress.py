@@ -24,7 +24,8 @@ class PlainProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        due = step % trainer.log_every_n_steps == 0 and time.monotonic() - self._last >= self.min_interval
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = step % every == 0 and time.monotonic() - self._last >= self.min_interval
         if not trainer.is_global_zero or not (due or step == trainer.max_steps):
             return
         self._last = time.monotonic()

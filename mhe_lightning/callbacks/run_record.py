@@ -19,6 +19,7 @@ import mhe_lightning
 from mhe_lightning.accounting import parameters_by_part
 from mhe_lightning.callbacks.throughput import Throughput
 from mhe_lightning.checkpoint import FORMAT_VERSION, RECORD
+from mhe_lightning.data.base import ExactDataModule
 from mhe_lightning.files import write_text
 
 RESULTS = "results.json"
@@ -45,9 +46,7 @@ class RunRecord(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.wall_seconds = state_dict["wall_seconds"]
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECORD] = {"format_version": FORMAT_VERSION, "config": self.config}
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,7 +66,7 @@ class RunRecord(Callback):
                 "training_seconds": round(timing.training_seconds, 3),
                 "tokens_per_second": round(tokens / max(timing.training_seconds, 1e-9), 1),
                 "peak_memory_bytes": peak_memory_bytes(),
-                "data": data.describe() if hasattr(data, "describe") else {},
+                "data": data.describe() if isinstance(data, ExactDataModule) else {},
                 "seed": self.seed,
                 "world_size": trainer.world_size,
                 "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -21,6 +21,7 @@ class Throughput(Callback):
         self._begun: float | None = None
         self._since_log = 0.0
         self._tokens_at_log = 0
+        self._step_before = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"training_seconds": self.training_seconds}
@@ -35,9 +36,10 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # log_every_n_steps counts optimizer steps; in the steps between nothing here waits for a device
-        if trainer.fit_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
-            return
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        stepped = trainer.global_step > self._step_before
+        if not stepped or trainer.global_step % every:
+            return  # in the steps between nothing here waits for a device
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._pause()
@@ -46,9 +48,8 @@ class Throughput(Callback):
             pl_module.log("tokens_per_second", (tokens - self._tokens_at_log) / self._since_log)
         self._tokens_at_log, self._since_log = tokens, 0.0
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
         if self._begun is None:
             self._begun = time.perf_counter()
 
@@ -58,9 +59,7 @@ class Throughput(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause()
 
     def _pause(self) -> None:

@@ -84,6 +84,10 @@ class ExactDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """Identifies the training rows: equal fingerprints mean equal rows."""
 
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Where the data come from and how much there is, for the run's record."""
+
     # Loaders
 
     def setup(self, stage: str) -> None:

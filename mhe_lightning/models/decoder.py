@@ -107,6 +107,7 @@ class Decoder(nn.Module):
                 nn.init.zeros_(module.bias)
         scale = 1 / math.sqrt(2 * len(self.blocks))
         for block in self.blocks:
+            assert isinstance(block, Block)
             for projection in block.residual_projections():
                 projection.weight.mul_(scale)
 
@@ -161,7 +162,7 @@ class Decoder(nn.Module):
         return self.head(hidden)
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats summed over the positions whose target is not -100; hidden (B, T, D), targets (B, T)."""
+        """Cross-entropy in nats, summed where the target is not -100; hidden (B, T, D), targets (B, T)."""
         return linear_cross_entropy(hidden, self.head.weight, targets, chunk_size=self.loss_chunk)
 
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:

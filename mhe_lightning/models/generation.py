@@ -77,9 +77,7 @@ def generate(
     return new
 
 
-def _choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, stream: torch.Generator
-) -> int:
+def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, stream: torch.Generator) -> int:
     """One token from the logits (V,) of one prompt, on the CPU."""
     if temperature == 0:
         return int(logits.argmax())

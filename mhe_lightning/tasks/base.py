@@ -85,9 +85,7 @@ class Task(LightningModule):
         self._window: list[tuple[Tensor, Tensor]] = []
 
     def configure_model(self) -> None:
-        parallelize(
-            self.net, compile=self.compile_blocks, activation_checkpointing=self.activation_checkpointing
-        )
+        parallelize(self.net, compile=self.compile_blocks, activation_checkpointing=self.activation_checkpointing)
 
     # Optimizer
 
@@ -104,7 +102,8 @@ class Task(LightningModule):
     def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         embeddings = {id(m.weight) for m in self.net.modules() if isinstance(m, nn.Embedding)}
         matrices = {id(m.weight) for m in self.net.modules() if isinstance(m, nn.Linear)} - embeddings
-        decayed, others = [], []
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
         for name, parameter in self.net.named_parameters():
             decays = id(parameter) in matrices or any(fnmatchcase(name, p) for p in self.decay_also)
             (decayed if decays else others).append(parameter)

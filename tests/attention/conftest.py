@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from attention.oracle import VARIANTS
 
 

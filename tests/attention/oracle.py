@@ -155,9 +155,7 @@ def literal(
     return y if m.w_o.bias is None else y + m.w_o.bias
 
 
-def build(
-    variant: Variant, n: int = 4, d: int = 3, dtype: torch.dtype = torch.float64, **kwargs
-) -> Attention:
+def build(variant: Variant, n: int = 4, d: int = 3, dtype: torch.dtype = torch.float64, **kwargs) -> Attention:
     """A module whose head embeddings and biases are of size one, so that they matter."""
     m = variant.build(width=n * d, n_heads=n, **kwargs).to(dtype)
     with torch.no_grad():

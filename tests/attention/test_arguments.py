@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from attention.oracle import VARIANTS, assert_near, build
 
 import mhe_lightning
+from attention.oracle import VARIANTS, assert_near, build
 from mhe_lightning.attention import GQA, MHA, MHE, Attention
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +42,7 @@ def test_width_below_one_is_refused(variant, width):
 
 @pytest.mark.parametrize("n_kv_heads", [0, -1, 3, 8])
 def test_kv_heads_that_do_not_divide_the_heads_get_divisors_suggested(n_kv_heads):
-    with pytest.raises(
-        ValueError, match=rf"n_kv_heads \({n_kv_heads}\) must divide n_heads \(4\); try 1, 2 or 4"
-    ):
+    with pytest.raises(ValueError, match=rf"n_kv_heads \({n_kv_heads}\) must divide n_heads \(4\); try 1, 2 or 4"):
         GQA(width=24, n_heads=4, n_kv_heads=n_kv_heads)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention.oracle import assert_near, build
 
+from attention.oracle import assert_near, build
 from mhe_lightning.attention import MHA, KVCache
 
 T = 11

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from attention.oracle import VARIANTS, assert_near, build, gradients, literal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from attention.oracle import VARIANTS, assert_near, build, gradients, literal
 
 MASKS = {
     "none": lambda B, n, T, S: None,
@@ -48,9 +49,7 @@ def assert_literal(variant, m, x, context, mask, is_causal, tolerance=1e-10):
     mask_kind=st.sampled_from(list(MASKS)),
     seed=st.integers(0, 10**6),
 )
-def test_equals_the_literal_equations_at_any_shape(
-    name, sizes, heads, d, bias, cross, is_causal, mask_kind, seed
-):
+def test_equals_the_literal_equations_at_any_shape(name, sizes, heads, d, bias, cross, is_causal, mask_kind, seed):
     torch.manual_seed(seed)
     variant, (B, T, S) = VARIANTS[name], sizes
     n = heads * variant.heads_divisor

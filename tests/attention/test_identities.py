@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from attention.oracle import VARIANTS, assert_near, build, gradients
 from torch import nn
 
+from attention.oracle import VARIANTS, assert_near, build, gradients
 from mhe_lightning.attention import GQA
 
 SIZES = pytest.mark.parametrize(("n", "d"), [(2, 4), (4, 3), (8, 16), (12, 64)])
@@ -54,9 +54,7 @@ def test_bias_adds_one_number_per_output_of_every_projection(variant):
     biases = {k: p for k, p in with_bias.named_parameters() if k.endswith("bias")}
     weights = {k for k, _ in without.named_parameters() if k.endswith("weight")}
     assert set(biases) == {k.replace("weight", "bias") for k in weights}
-    assert all(
-        p.shape == with_bias.get_parameter(k.replace("bias", "weight")).shape[:1] for k, p in biases.items()
-    )
+    assert all(p.shape == with_bias.get_parameter(k.replace("bias", "weight")).shape[:1] for k, p in biases.items())
     assert not any(k.endswith("bias") for k, _ in without.named_parameters())
 
 
@@ -95,9 +93,7 @@ def test_mha_equals_torch_multihead_attention(cross, is_causal, padded, bias):
     assert_near(y, z)
     cotangent = torch.randn_like(y)
     wanted = torch.autograd.grad(z, [x, context, other.in_proj_weight, other.out_proj.weight], cotangent)
-    actual = torch.autograd.grad(
-        y, [x, context, m.w_q.weight, m.w_k.weight, m.w_v.weight, m.w_o.weight], cotangent
-    )
+    actual = torch.autograd.grad(y, [x, context, m.w_q.weight, m.w_k.weight, m.w_v.weight, m.w_o.weight], cotangent)
     for a, b in zip([*actual[:2], torch.cat(actual[2:5]), actual[5]], wanted, strict=True):
         assert_near(a, b)
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from attention.oracle import VARIANTS, assert_near, build
 
+from attention.oracle import VARIANTS, assert_near, build
 from mhe_lightning.attention import MHE
 
 MHES = pytest.mark.parametrize("name", ["mhe_add", "mhe_multiply"])

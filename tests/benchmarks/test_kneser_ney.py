@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def _load() -> ModuleType:
     path = ROOT / "benchmarks" / "kneser_ney.py"
     spec = importlib.util.spec_from_file_location("benchmark_kneser_ney", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -81,9 +82,7 @@ class Oracle:
     def log_probabilities(self, tokens: list[int], start: int = 0) -> np.ndarray:
         span = self.order - 1
         rows = range(start, len(tokens))
-        return np.array(
-            [math.log(self.probability(tuple(tokens[max(t - span, 0) : t]), tokens[t])) for t in rows]
-        )
+        return np.array([math.log(self.probability(tuple(tokens[max(t - span, 0) : t]), tokens[t])) for t in rows])
 
 
 def distribution(model: KneserNey, context: list[int]) -> np.ndarray:
@@ -128,7 +127,8 @@ def test_equals_literal_implementation(case: tuple[int, int, list[int], list[int
     start = min(start, len(held_out))
     model = KneserNey(order, vocab_size).fit(np.array(train))
     got = model.log_probabilities(np.array(held_out, dtype=np.int64), start)
-    assert got.shape == (len(held_out) - start,) and got.dtype == np.float64
+    assert got.shape == (len(held_out) - start,)
+    assert got.dtype == np.float64
     oracle = Oracle(order, vocab_size, train)
     np.testing.assert_allclose(got, oracle.log_probabilities(held_out, start), rtol=0, atol=1e-10)
 
@@ -140,9 +140,7 @@ def test_equals_literal_implementation_with_estimated_discounts(order: int) -> N
     train, held_out = (np.minimum(rng.zipf(1.6, size) - 1, 59) for size in (900, 40))
     model = KneserNey(order, 60).fit(train)
     oracle = Oracle(order, 60, train.tolist())
-    np.testing.assert_allclose(
-        model.discounts, [oracle.discounts[k] for k in range(1, order + 1)], atol=1e-12
-    )
+    np.testing.assert_allclose(model.discounts, [oracle.discounts[k] for k in range(1, order + 1)], atol=1e-12)
     assert (model.discounts != kneser_ney.FALLBACK_DISCOUNTS).any(axis=1).sum() >= 1
     expected = oracle.log_probabilities(held_out.tolist())
     np.testing.assert_allclose(model.log_probabilities(held_out), expected, rtol=0, atol=1e-10)
@@ -223,14 +221,10 @@ def test_trigram_beats_bigram_beats_unigram_on_structured_text() -> None:
     assert unigram < 28
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("order", 0), ("order", 2.0), ("order", True), ("vocab_size", -3)]
-)
+@pytest.mark.parametrize(("name", "value"), [("order", 0), ("order", 2.0), ("order", True), ("vocab_size", -3)])
 def test_constructor_rejects(name: str, value: object) -> None:
     arguments = {"order": 3, "vocab_size": 10, name: value}
-    with pytest.raises(
-        ValueError, match=re.escape(f"{name}={value!r} must be an integer of at least 1; pass")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} must be an integer of at least 1; pass")):
         KneserNey(**arguments)
 
 
