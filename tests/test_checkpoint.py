@@ -276,28 +276,46 @@ def test_a_resumed_run_drops_what_it_computes_again(tmp_path):
     ]
 
 
-def test_a_resumed_run_that_logs_other_columns_keeps_the_old_ones(tmp_path):
+def test_a_step_that_is_logged_again_after_a_restart_keeps_its_other_columns(tmp_path):
     log(tmp_path, (1, {"a": 1.0, "b": 2.0}), (2, {"a": 3.0, "b": 4.0}))
-    log(tmp_path, (2, {"c": 5.0}))
+    log(tmp_path, (2, {"a": 9.0, "c": 5.0}))  # as a validation after the last step does
     assert rows(tmp_path) == [
         {"step": "1", "a": "1.0", "b": "2.0", "c": ""},
-        {"step": "2", "a": "", "b": "", "c": "5.0"},
+        {"step": "2", "a": "9.0", "b": "4.0", "c": "5.0"},
     ]
 
 
-def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path):
-    log(tmp_path, (1, {"a": 1.0, "b": 2.0}), (2, {"a": 3.0, "b": 4.0}))
+@pytest.mark.parametrize(
+    "cut",
+    [
+        len(",4.125\n"),  # the last column is missing
+        pytest.param(
+            len("25\n"),  # its number is
+            marks=pytest.mark.xfail(strict=True, reason="a number that was cut short is taken for a whole one"),
+        ),
+    ],
+)
+def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path, cut):
+    log(tmp_path, (1, {"a": 1.0, "b": 2.0}), (2, {"a": 3.0, "b": 4.125}))
     path = tmp_path / "metrics.csv"
-    path.write_text(path.read_text()[: -len(",4.0\n")])
+    path.write_text(path.read_text()[:-cut])
     log(tmp_path, (5, {"a": 9.0, "b": 9.0}))
     assert [row["step"] for row in rows(tmp_path)] == ["1", "5"]
 
 
-def test_finished_rows_are_on_disk_while_the_run_goes_on(tmp_path):
-    logger = log(tmp_path, (1, {"a": 1.0}), (2, {"a": 2.0}), (3, {"a": 3.0}), finish=False)
-    assert [row["step"] for row in rows(tmp_path)][:2] == ["1", "2"]
+@pytest.mark.xfail(strict=True, reason="the last step's row waits for the next step's")
+def test_rows_are_on_disk_while_the_run_goes_on(tmp_path):
+    logger = log(tmp_path, (1, {"a": 1.0}), (2, {"a": 2.0}), (2, {"b": 3.0}), (3, {"a": 4.0}), finish=False)
+    expected = [
+        {"step": "1", "a": "1.0", "b": ""},
+        {"step": "2", "a": "2.0", "b": "3.0"},
+        {"step": "3", "a": "4.0", "b": ""},
+    ]
+    assert rows(tmp_path) == expected  # a checkpoint must never be ahead of its metrics
+    logger.log_metrics({"a": 4.0, "b": 5.0}, step=3)
+    assert rows(tmp_path) == [*expected[:2], {"step": "3", "a": "4.0", "b": "5.0"}]
     logger.finalize("failed")
-    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
+    assert len(rows(tmp_path)) == 3
 
 
 def test_a_logger_that_logs_nothing_leaves_the_file_alone(tmp_path):
@@ -367,6 +385,12 @@ def kept(folder: Path) -> list[str]:
         ([3.0, 1.0, 2.0, 1.0], 1, ["best-4", "8"]),  # of equals the first
         ([3.0, 1.0, 2.0, 4.0], 9, ["best-4", "2", "4", "6", "8"]),
         ([3.0, float("nan"), 2.0, float("nan")], 1, ["best-6", "8"]),
+        pytest.param(
+            [float("nan"), 3.0, 2.0, 4.0],
+            1,
+            ["best-6", "8"],
+            marks=pytest.mark.xfail(strict=True, reason="nothing is less than a first NaN"),
+        ),
     ],
     ids=str,
 )
@@ -390,6 +414,13 @@ def test_a_resumed_run_prunes_the_files_of_the_one_before(tmp_path):
     assert kept(tmp_path) == ["best-4", "2", "4"]
     fit(tmp_path, [3.0, 0.5], resume=tmp_path / "checkpoints" / "best-step=00000004.ckpt")
     assert kept(tmp_path) == ["best-8", "6", "8"]
+
+
+@pytest.mark.xfail(strict=True, reason="the checkpoint of a step is written before its validation")
+def test_a_resumed_run_knows_the_best_validation_of_the_step_it_goes_on_from(tmp_path):
+    fit(tmp_path, [4.0, 1.0], steps=4)
+    fit(tmp_path, [3.0, 5.0], resume=tmp_path / "checkpoints" / "step=00000004.ckpt")
+    assert kept(tmp_path) == ["best-4", "6", "8"]
 
 
 @pytest.mark.parametrize("setting", ["every_n_steps", "keep"])

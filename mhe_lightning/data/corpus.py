@@ -104,6 +104,12 @@ class CorpusSpec:
     pack_train: bool = True
 
     def __post_init__(self) -> None:
+        # jsonargparse (4.53 and before) makes the text "None" of `--data.corpus.subset null`
+        for name in ("subset", "revision", "document_start", "validation_path", "test_path"):
+            if getattr(self, name) == "None":
+                object.__setattr__(self, name, None)
+        splits = {split: None if theirs == "None" else theirs for split, theirs in self.splits.items()}
+        object.__setattr__(self, "splits", splits)
         problems = []
         unknown = sorted(set(self.splits) - set(SPLITS))
         if unknown:

@@ -323,6 +323,11 @@ def test_documents_with_padding_or_caches_are_refused():
         ({"n_heads": 5}, r"n_heads \(5\)"),
         ({"ff_width": 0}, r"feed-forward width \(0\)"),
         ({"activation": "swish"}, "activation"),
+        pytest.param(
+            {"loss_chunk": 0},
+            r"loss_chunk \(0\)",
+            marks=pytest.mark.xfail(strict=True, reason="found out when the first loss is computed"),
+        ),
     ],
     ids=str,
 )

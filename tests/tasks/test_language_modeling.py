@@ -127,6 +127,24 @@ def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_targets(tmp_path):
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
+@pytest.mark.xfail(strict=True, reason="0/0: the weights become NaN")
+def test_a_step_without_targets_changes_no_weight_to_nan(tmp_path):
+    data = FixedRows(ROWS, ragged=False)
+    data.targets[:ROWS] = -100
+    torch.manual_seed(0)
+    net = Decoder(VOCABULARY, MHE, width=8, n_heads=2, n_layers=1, max_length=LENGTH)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(LanguageModeling(net, max_steps=2), data)
+    assert all(bool(parameter.isfinite().all()) for parameter in net.parameters())
+
+
 # Evaluation
 
 
