@@ -224,7 +224,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     from mhe_lightning.data.packed import open_corpus  # here, so that the model itself needs NumPy only
 
-    corpus = open_corpus(options.folder)
+    try:
+        corpus = open_corpus(options.folder)
+    except ValueError as error:
+        parser.error(str(error))
     train, held_out = corpus.split(options.train), corpus.split(options.eval)
     if len(held_out) < 2:
         raise ValueError(f"split {options.eval!r} holds {len(held_out)} token(s) but needs 2; pass a longer one")

@@ -88,14 +88,14 @@ def step_of(path: Path) -> int:
     return int(match.group(1)) if match else -1
 
 
-def resumable_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run to resume from, oldest first, valid or not."""
-    return sorted(folder.glob(f"step=*{SUFFIX}"), key=step_of)
+def checkpoints_in(folder: Path, kind: str = "step") -> list[Path]:
+    """A run's checkpoints, oldest first, valid or not: those to resume from ("step") or the best ("best-step")."""
+    return sorted(folder.glob(f"{kind}=*{SUFFIX}"), key=step_of)
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder`` that passes its checksum; a damaged one is skipped with a warning."""
-    for path in reversed(resumable_checkpoints(folder)):
+def newest_checkpoint(folder: Path, kind: str = "step") -> Path | None:
+    """The newest checkpoint of ``kind`` that passes its checksum; a damaged one is skipped with a warning."""
+    for path in reversed(checkpoints_in(folder, kind)):
         problem = damage(path)
         if problem is None:
             return path

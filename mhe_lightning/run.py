@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from mhe_lightning.checkpoint import newest_checkpoint, resumable_checkpoints, step_of
+from mhe_lightning.checkpoint import newest_checkpoint, checkpoints_in, step_of
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
@@ -15,11 +15,11 @@ LOCK = ".lock"
 
 
 def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
-    """``auto`` becomes the newest complete checkpoint of the run, or None; anything else stays as it is."""
-    if ckpt_path != "auto":
+    """``auto`` and ``best`` become the run's newest and best complete checkpoint, or None; a path stays as it is."""
+    if ckpt_path not in ("auto", "best"):
         return ckpt_path
-    newest = newest_checkpoint(folder / "checkpoints")
-    return None if newest is None else str(newest)
+    found = newest_checkpoint(folder / "checkpoints", "step" if ckpt_path == "auto" else "best-step")
+    return None if found is None else str(found)
 
 
 def set_aside(folder: Path) -> Path | None:
@@ -60,7 +60,7 @@ def lock(folder: Path) -> TextIO:
 
 def last_step(folder: Path) -> int:
     """The optimizer step of the newest checkpoint in a run, -1 without one."""
-    return max((step_of(path) for path in resumable_checkpoints(folder / "checkpoints")), default=-1)
+    return max((step_of(path) for path in checkpoints_in(folder / "checkpoints")), default=-1)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
+ROOT = Path(__file__).parents[1]
 WORDS = "the a cat dog bird tree river stone light dark sings runs sleeps over under with slowly often".split()  # noqa: SIM905
 
 

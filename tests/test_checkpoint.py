@@ -20,11 +20,11 @@ from mhe_lightning.checkpoint import (
     RECORD,
     AtomicCheckpointIO,
     CheckpointError,
+    checkpoints_in,
     config_of,
     damage,
     newest_checkpoint,
     read_checkpoint,
-    resumable_checkpoints,
     run_of,
     step_of,
 )
@@ -127,7 +127,7 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path):
     for step in (100, 20, 3):
         save(tmp_path, step)
     AtomicCheckpointIO().save_checkpoint(content(), tmp_path / "best-step=00000200.ckpt")  # not to resume from
-    assert [step_of(path) for path in resumable_checkpoints(tmp_path)] == [3, 9, 20, 100]
+    assert [step_of(path) for path in checkpoints_in(tmp_path)] == [3, 9, 20, 100]
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the damaged one is older: nobody asks for it
         assert newest_checkpoint(tmp_path) == tmp_path / "step=00000100.ckpt"

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from conftest import logged
+from conftest import ROOT, logged
 from mhe_lightning.checkpoint import config_of, newest_checkpoint, read_checkpoint
 from mhe_lightning.cli import main
 
@@ -234,3 +234,47 @@ def _weights(run):
 
 def _corpus(tiny_config):
     return yaml.safe_load(tiny_config().read_text())["data"]["init_args"]["corpus"]["path"]
+
+
+OPTIONS = {
+    "bf16": ["--trainer.precision", "bf16-mixed"],
+    "activation checkpointing": ["--model.activation_checkpointing", "true"],
+    "document mask": ["--data.document_mask", "true"],
+    "sliding window": ["--data.eval_stride", "4"],
+    "accumulation": ["--trainer.accumulate_grad_batches", "2", "--trainer.val_check_interval", "8"],
+    "inverse square root": ["--model.schedule", "inverse_sqrt"],
+    "untied": ["--model.net.tie_embeddings", "false"],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_trains_and_lowers_the_loss(option, command, tiny_config, tmp_path):
+    code, _, err = command("fit", "--config", str(tiny_config(trainer={"max_steps": 16})), *OPTIONS[option])
+
+    losses = logged(tmp_path / "runs/tiny", "train/loss")
+    assert code == 0, err
+    assert float(losses[16]) < float(losses[1]) - 0.5
+
+
+@pytest.mark.parametrize("attention", sorted((ROOT / "configs/attention").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_attention_trains_by_one_override(attention, command, tiny_config, tmp_path):
+    path = str(tiny_config(trainer={"max_steps": 16}))
+
+    code, _, err = command("fit", "--config", path, f"--model.net.attention={attention}")
+
+    losses = logged(tmp_path / "runs/tiny", "train/loss")
+    assert code == 0, err
+    assert float(losses[16]) < float(losses[1]) - 0.5
+
+
+@pytest.mark.real_data
+def test_a_shipped_experiment_trains_on_the_hubs_own_layout(command, real_data, monkeypatch, tmp_path):
+    monkeypatch.setenv("MHE_DATA_ROOT", str(real_data))
+    config = str(ROOT / "configs/experiment/small_wikitext2.yaml")
+    options = f"--trainer.max_steps 2 --trainer.limit_val_batches 1 --trainer.default_root_dir {tmp_path}/runs"
+
+    code, _, err = command("fit", "--config", config, *options.split(), "--data.cache_dir", str(tmp_path))
+
+    results = json.loads((tmp_path / "runs/small_wikitext2/results.json").read_text())
+    assert code == 0, err
+    assert results["data"]["splits"]["train"]["documents"] == 125

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from mhe_lightning.checkpoint import CHECKSUM, SUFFIX, resumable_checkpoints
+from mhe_lightning.checkpoint import CHECKSUM, SUFFIX, checkpoints_in
 
 
 class Checkpoints(Checkpoint):
@@ -68,12 +68,12 @@ class Checkpoints(Checkpoint):
         self.best = float(value)
         path = self._folder(trainer) / f"best-step={trainer.global_step:08d}{SUFFIX}"
         trainer.save_checkpoint(path, weights_only=False)
-        _prune(trainer, [old for old in path.parent.glob(f"best-step=*{SUFFIX}") if old != path])
+        _prune(trainer, [old for old in checkpoints_in(path.parent, "best-step") if old != path])
 
     def _save_newest(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._saved_step = trainer.global_step
-        _prune(trainer, resumable_checkpoints(self._folder(trainer))[: -self.keep])
+        _prune(trainer, checkpoints_in(self._folder(trainer))[: -self.keep])
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:

@@ -109,7 +109,26 @@ class Task(LightningModule):
             (decayed if decays else others).append(parameter)
         return decayed, others
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning refuses to clip for fused optimizers in mixed precision, for the sake of float16's gradient scaler
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        else:
+            self.log("grad_norm", nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val))
+
     def on_train_start(self) -> None:
+        if str(self.trainer.precision).startswith("16"):
+            raise ValueError(
+                f"trainer.precision ({self.trainer.precision}) is not supported: a sum over targets overflows float16; "
+                "use bf16-mixed"
+            )
         # a resumed optimizer brings its old settings along; those of this run's config win
         for optimizer in self.trainer.optimizers:
             for group, decay in zip(optimizer.param_groups, (self.weight_decay, 0.0), strict=True):
@@ -137,7 +156,7 @@ class Task(LightningModule):
         totals = all_reduce_sum(torch.stack([loss, targets.double()]))
         # the gradient now is that of the sum over this rank's targets, over micro-batches and averaged over ranks
         # (Lightning divides by the former, data parallelism by the latter)
-        scale = self.trainer.accumulate_grad_batches * _data_parallel_size(self) / totals[1]
+        scale = self.trainer.accumulate_grad_batches * _data_parallel_size(self) / totals[1].clamp_min(1)
         for parameter in self.net.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale.to(parameter.grad.dtype))
@@ -145,7 +164,7 @@ class Task(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = rate
         self.tokens_seen += totals[1].long()
-        mean = totals[0] / totals[1]
+        mean = totals[0] / totals[1].clamp_min(1)
         self.log("train/loss", mean, prog_bar=True)
         self.log_dict({"lr": rate, "tokens_seen": self.tokens_seen.float(), "step": float(self.global_step + 1)})
 

@@ -98,8 +98,8 @@ class TrainCLI(LightningCLI):
             self._prepare_data(options)
         elif options.ckpt_path is None:
             raise UserError(
-                f"{self.subcommand} needs a trained model: give --ckpt_path, a file or 'auto' for the newest "
-                f"checkpoint in {self.folder}"
+                f"{self.subcommand} needs a trained model: give --ckpt_path, a file, or 'auto' or 'best' for the newest "
+                f"or the best checkpoint in {self.folder}"
             )
         self._compare_with_checkpoint(options)
 
@@ -119,7 +119,7 @@ class TrainCLI(LightningCLI):
 
     def _compare_with_checkpoint(self, options: Namespace) -> None:
         """The command line wins over the checkpoint; say where they differ."""
-        if options.ckpt_path is None:
+        if options.ckpt_path is None or _rank() != 0:
             return
         old = config_of(read_checkpoint(Path(options.ckpt_path)))
         new = yaml.safe_load(self._config_text())
