@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,7 +29,8 @@ class MetricsCSV(Logger):
         self._path = folder / "metrics.csv"
         self._columns = ["step"]
         self._file: TextIO | None = None
-        self._pending: dict[str, Any] = {}
+        self._row: dict[str, Any] = {}
+        self._row_start = 0
 
     @property
     def name(self) -> str:
@@ -53,10 +55,10 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {key: value for key, value in metrics.items() if key != "epoch"}
-        if self._pending and self._pending["step"] != step:
-            self._write_pending()
-        self._pending = {"step": step, **self._pending, **row}
+        row = {"step": step, **{key: value for key, value in metrics.items() if key != "epoch"}}
+        again = self._row.get("step") == step
+        self._row = {**self._row, **row} if again else row
+        self._write(again)
 
     @rank_zero_only
     def save(self) -> None:
@@ -65,20 +67,20 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self._write_pending()
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _write_pending(self) -> None:
-        row, self._pending = self._pending, {}
-        if not row:
-            return
-        new = [key for key in sorted(row) if key not in self._columns]
+    def _write(self, again: bool) -> None:
+        """Write the row at once, so that no checkpoint is ahead of it; ``again`` replaces the one written last."""
+        new = [key for key in sorted(self._row) if key not in self._columns]
         if self._file is None or new:
-            row = {**self._rewrite(step=row["step"], columns=new), **row}
+            self._row = {**self._rewrite(step=self._row["step"], columns=new), **self._row}
+        elif again:
+            self._file.truncate(self._row_start)
         assert self._file is not None
-        csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(row)
+        self._row_start = self._file.seek(0, os.SEEK_END)
+        csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(self._row)
         self._file.flush()
 
     def _rewrite(self, step: int, columns: list[str]) -> dict[str, str]:
@@ -87,11 +89,10 @@ class MetricsCSV(Logger):
         if self._file is not None:
             self._file.close()
         if self._path.is_file():
-            with open(self._path, encoding="utf-8", newline="") as file:
-                reader = csv.DictReader(file)
-                self._columns += [c for c in reader.fieldnames or [] if c not in self._columns]
-                # a row that a kill cut short has no value in its last columns
-                rows = [row for row in reader if None not in row.values()]
+            # what follows the last line end is a row that was cut short
+            reader = csv.DictReader(self._path.read_text(encoding="utf-8").split("\n")[:-1])
+            self._columns += [c for c in reader.fieldnames or [] if c not in self._columns]
+            rows = list(reader)
         self._columns += [c for c in columns if c not in self._columns]
         lines = [",".join(self._columns)]
         lines += [",".join(row.get(c, "") for c in self._columns) for row in rows if int(row["step"]) < step]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from mhe_lightning.checkpoint import newest_checkpoint, checkpoints_in, step_of
+from mhe_lightning.checkpoint import checkpoints_in, newest_checkpoint, step_of
 
 CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"

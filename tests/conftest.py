@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mhe_lightning.data import CorpusSpec, LanguageModelingData
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
 ROOT = Path(__file__).parents[1]
 WORDS = "the a cat dog bird tree river stone light dark sings runs sleeps over under with slowly often".split()  # noqa: SIM905
@@ -104,6 +106,12 @@ def tiny_config(prose: Path, prepared: Path, tmp_path: Path) -> Callable[..., Pa
         return path
 
     return write
+
+
+def prepare(config: dict) -> None:
+    """Pack a config's corpus: a group of processes finds it ready."""
+    data = config["data"]["init_args"]
+    LanguageModelingData(**{**data, "corpus": CorpusSpec(**data["corpus"]), "seed": 0}).prepare()
 
 
 def logged(run: Path, column: str) -> dict[int, str]:

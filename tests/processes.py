@@ -9,6 +9,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Callback
 
 from mhe_lightning.cli import main
@@ -60,6 +61,7 @@ def run(args: Sequence[str], *, ranks: int = 1, log: Path | None = None) -> list
 
 def _child(args: list[str], environment: dict[str, str], log: Path | None) -> None:
     os.environ.update(environment)
+    torch.set_num_threads(1)  # the parent's threads are not forked: a parallel operation would wait for them
     if log is not None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)

@@ -291,7 +291,6 @@ def test_a_step_that_is_logged_again_after_a_restart_keeps_its_other_columns(tmp
         len(",4.125\n"),  # the last column is missing
         pytest.param(
             len("25\n"),  # its number is
-            marks=pytest.mark.xfail(strict=True, reason="a number that was cut short is taken for a whole one"),
         ),
     ],
 )
@@ -303,7 +302,6 @@ def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path, cut):
     assert [row["step"] for row in rows(tmp_path)] == ["1", "5"]
 
 
-@pytest.mark.xfail(strict=True, reason="the last step's row waits for the next step's")
 def test_rows_are_on_disk_while_the_run_goes_on(tmp_path):
     logger = log(tmp_path, (1, {"a": 1.0}), (2, {"a": 2.0}), (2, {"b": 3.0}), (3, {"a": 4.0}), finish=False)
     expected = [
@@ -389,7 +387,6 @@ def kept(folder: Path) -> list[str]:
             [float("nan"), 3.0, 2.0, 4.0],
             1,
             ["best-6", "8"],
-            marks=pytest.mark.xfail(strict=True, reason="nothing is less than a first NaN"),
         ),
     ],
     ids=str,
@@ -416,7 +413,6 @@ def test_a_resumed_run_prunes_the_files_of_the_one_before(tmp_path):
     assert kept(tmp_path) == ["best-8", "6", "8"]
 
 
-@pytest.mark.xfail(strict=True, reason="the checkpoint of a step is written before its validation")
 def test_a_resumed_run_knows_the_best_validation_of_the_step_it_goes_on_from(tmp_path):
     fit(tmp_path, [4.0, 1.0], steps=4)
     fit(tmp_path, [3.0, 5.0], resume=tmp_path / "checkpoints" / "step=00000004.ckpt")

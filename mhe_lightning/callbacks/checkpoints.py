@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Checkpoints(Checkpoint):
         self.best: float | None = None
         self._step_before = 0
         self._saved_step = 0
+        self._due = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -52,7 +54,9 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = trainer.global_step > self._step_before  # never in the middle of an accumulation
-        if stepped and trainer.global_step % self.every_n_steps == 0:
+        self._due = stepped and trainer.global_step % self.every_n_steps == 0
+        # a validation belongs to its step: a run that goes on from this checkpoint does not repeat it
+        if self._due and not _validation_follows(trainer):
             self._save_newest(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,10 +64,16 @@ class Checkpoints(Checkpoint):
             self._save_newest(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or self.monitor is None:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None or (self.best is not None and not float(value) < self.best):
+        self._save_best(trainer)
+        if self._due:
+            self._save_newest(trainer)
+
+    def _save_best(self, trainer: Trainer) -> None:
+        value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+        # NaN is never the best
+        if value is None or not float(value) < (math.inf if self.best is None else self.best):
             return
         self.best = float(value)
         path = self._folder(trainer) / f"best-step={trainer.global_step:08d}{SUFFIX}"
@@ -73,11 +83,19 @@ class Checkpoints(Checkpoint):
     def _save_newest(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._saved_step = trainer.global_step
+        self._due = False
         _prune(trainer, checkpoints_in(self._folder(trainer))[: -self.keep])
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def _validation_follows(trainer: Trainer) -> bool:
+    """Whether the batch that has just ended is followed by a validation."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def _prune(trainer: Trainer, paths: list[Path]) -> None:

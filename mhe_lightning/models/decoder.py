@@ -57,7 +57,8 @@ class Decoder(nn.Module):
         loss_chunk: int = 512,
     ) -> None:
         super().__init__()
-        for name, size in (("vocab_size", vocab_size), ("n_layers", n_layers), ("max_length", max_length)):
+        sizes = {"vocab_size": vocab_size, "n_layers": n_layers, "max_length": max_length, "loss_chunk": loss_chunk}
+        for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} ({size}) must be at least 1")
         if not 0.0 <= dropout < 1.0:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -98,8 +99,8 @@ class TrainCLI(LightningCLI):
             self._prepare_data(options)
         elif options.ckpt_path is None:
             raise UserError(
-                f"{self.subcommand} needs a trained model: give --ckpt_path, a file, or 'auto' or 'best' for the newest "
-                f"or the best checkpoint in {self.folder}"
+                f"{self.subcommand} needs a trained model: give --ckpt_path, a file, or 'auto' or 'best' for the "
+                f"newest or the best checkpoint in {self.folder}"
             )
         self._compare_with_checkpoint(options)
 
@@ -147,6 +148,9 @@ class TrainCLI(LightningCLI):
         kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             kwargs["enable_progress_bar"] = False  # plain lines instead
+        elif options.enable_progress_bar is not False:
+            # the default bar shows "Epoch 0/-2" for training that ends at a step
+            kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar()]
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=loggers, **kwargs)
         seed = int(self.config[self.subcommand].seed_everything)
         added = [ExactResume(seed), Throughput(), RunRecord(self._config_text(), seed), Predictions()]
@@ -192,6 +196,8 @@ class TrainCLI(LightningCLI):
             self.trainer.validate(self.model, self.datamodule, verbose=False)  # a run too short for a validation
         if not self.trainer.is_global_zero:
             return
+        scores = self.trainer.callback_metrics
+        print("scores:   " + ", ".join(f"{k} {float(v):.4f}" for k, v in scores.items() if k.startswith("val/")))
         print(f"run:      {self.folder}")
         print(f"curves:   {self.folder / 'metrics.csv'}, or tensorboard --logdir {self.folder}")
         if (self.folder / "samples.txt").is_file():

@@ -326,7 +326,6 @@ def test_documents_with_padding_or_caches_are_refused():
         pytest.param(
             {"loss_chunk": 0},
             r"loss_chunk \(0\)",
-            marks=pytest.mark.xfail(strict=True, reason="found out when the first loss is computed"),
         ),
     ],
     ids=str,
