@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mhe_lightning.data import CorpusSpec, LanguageModelingData
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
+torch.set_num_threads(1)  # threads that compete for busy cores are many times slower
 ROOT = Path(__file__).parents[1]
 WORDS = "the a cat dog bird tree river stone light dark sings runs sleeps over under with slowly often".split()  # noqa: SIM905
 

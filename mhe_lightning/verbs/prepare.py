@@ -27,7 +27,8 @@ def main(verb: str, args: list[str]) -> None:
         if not isinstance(data, ExactDataModule):
             raise UserError(f"{type(data).__name__} has nothing to prepare")
         data.prepare()
+        facts = data.describe()
     except ValueError as error:
         raise as_user_error(error) or error from error
-    for name, value in data.describe().items():
+    for name, value in facts.items():
         print(f"{name}: {value}")
