@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import pickle
+import signal
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from mhe_lightning import run
 from mhe_lightning.callbacks import Checkpoints
+from mhe_lightning.callbacks.metrics_csv import MetricsCSV
 from mhe_lightning.checkpoint import (
     CHECKSUM,
     FORMAT_VERSION,
@@ -29,7 +34,6 @@ from mhe_lightning.checkpoint import (
     step_of,
 )
 from mhe_lightning.files import sha256, write_text
-from mhe_lightning.loggers import MetricsCSV
 
 
 def content(step: int = 0, version: object = FORMAT_VERSION) -> dict:
@@ -231,16 +235,16 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def log(folder: Path, *entries: tuple[int, dict[str, float]], finish: bool = True) -> MetricsCSV:
-    logger = MetricsCSV(folder)
+    table = MetricsCSV(folder)
     for step, metrics in entries:
-        logger.log_metrics(metrics, step=step)
+        table.write(metrics, step)
     if finish:
-        logger.finalize("success")
-    return logger
+        table.close()
+    return table
 
 
 def test_metrics_of_a_step_share_a_row(tmp_path):
-    log(tmp_path, (1, {"a": 0.5, "epoch": 0}), (1, {"b": 2.0}), (2, {"a": 0.25}), (4, {"b": 3.0}), (4, {"b": 4.0}))
+    log(tmp_path, (1, {"a": 0.5}), (1, {"b": 2.0}), (2, {"a": 0.25}), (4, {"b": 3.0}), (4, {"b": 4.0}))
     assert rows(tmp_path) == [
         {"step": "1", "a": "0.5", "b": "2.0"},
         {"step": "2", "a": "0.25", "b": ""},
@@ -303,20 +307,20 @@ def test_a_row_that_a_kill_cut_short_is_dropped(tmp_path, cut):
 
 
 def test_rows_are_on_disk_while_the_run_goes_on(tmp_path):
-    logger = log(tmp_path, (1, {"a": 1.0}), (2, {"a": 2.0}), (2, {"b": 3.0}), (3, {"a": 4.0}), finish=False)
+    table = log(tmp_path, (1, {"a": 1.0}), (2, {"a": 2.0}), (2, {"b": 3.0}), (3, {"a": 4.0}), finish=False)
     expected = [
         {"step": "1", "a": "1.0", "b": ""},
         {"step": "2", "a": "2.0", "b": "3.0"},
         {"step": "3", "a": "4.0", "b": ""},
     ]
     assert rows(tmp_path) == expected  # a checkpoint must never be ahead of its metrics
-    logger.log_metrics({"a": 4.0, "b": 5.0}, step=3)
+    table.write({"a": 4.0, "b": 5.0}, 3)
     assert rows(tmp_path) == [*expected[:2], {"step": "3", "a": "4.0", "b": "5.0"}]
-    logger.finalize("failed")
+    table.close()
     assert len(rows(tmp_path)) == 3
 
 
-def test_a_logger_that_logs_nothing_leaves_the_file_alone(tmp_path):
+def test_a_run_that_logs_nothing_leaves_the_file_alone(tmp_path):
     log(tmp_path)
     assert names(tmp_path) == []
     log(tmp_path, (1, {"a": 1.0}))
@@ -471,12 +475,34 @@ def test_an_earlier_run_of_the_same_name_is_set_aside(tmp_path):
 
 def test_a_run_is_written_by_one_process_at_a_time(tmp_path):
     folder = tmp_path / "tiny"
-    first = run.lock(folder)
-    with pytest.raises(ValueError, match=rf"{folder} is being written by process \d+"):
-        run.lock(folder)
-    run.lock(tmp_path / "other").close()
-    first.close()
-    run.lock(folder).close()
+    with run.lock(folder):
+        assert in_a_fork(lambda: pytest.raises(ValueError, run.lock, folder, match="is being written by process"))
+        assert in_a_fork(lambda: run.lock(tmp_path / "other"))
+    assert in_a_fork(lambda: run.lock(folder))
+
+
+def test_a_process_that_a_killed_run_leaves_behind_does_not_hold_its_lock(tmp_path):
+    def killed_with_a_worker() -> None:
+        run.lock(tmp_path)
+        if os.fork() == 0:
+            time.sleep(3)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert not in_a_fork(killed_with_a_worker)
+    run.lock(tmp_path).close()
+
+
+def in_a_fork(action: Callable[[], object]) -> bool:
+    """Whether ``action`` succeeds in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def test_differences_of_configs_are_named_by_their_keys():

@@ -16,7 +16,6 @@ ALLOWED = {
     "distributed": set(),
     "files": set(),
     "checkpoint": {"files"},
-    "loggers": {"files"},
     "run": {"checkpoint"},
     "data": {"data", "files"},
     "tasks": {"tasks", "models", "distributed"},

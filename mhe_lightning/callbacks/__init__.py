@@ -2,10 +2,20 @@
 
 from mhe_lightning.callbacks.checkpoints import Checkpoints
 from mhe_lightning.callbacks.exact_resume import ExactResume
+from mhe_lightning.callbacks.metrics_csv import MetricsCSV
 from mhe_lightning.callbacks.predictions import Predictions
 from mhe_lightning.callbacks.progress import PlainProgress
 from mhe_lightning.callbacks.run_record import RunRecord
 from mhe_lightning.callbacks.samples import Samples
 from mhe_lightning.callbacks.throughput import Throughput
 
-__all__ = ["Checkpoints", "ExactResume", "PlainProgress", "Predictions", "RunRecord", "Samples", "Throughput"]
+__all__ = [
+    "Checkpoints",
+    "ExactResume",
+    "MetricsCSV",
+    "PlainProgress",
+    "Predictions",
+    "RunRecord",
+    "Samples",
+    "Throughput",
+]

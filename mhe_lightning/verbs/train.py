@@ -23,6 +23,7 @@ from mhe_lightning.accounting import parameters_by_part
 from mhe_lightning.callbacks import (
     Checkpoints,
     ExactResume,
+    MetricsCSV,
     PlainProgress,
     Predictions,
     RunRecord,
@@ -32,7 +33,6 @@ from mhe_lightning.callbacks import (
 from mhe_lightning.checkpoint import AtomicCheckpointIO, config_of, read_checkpoint
 from mhe_lightning.data import ExactDataModule
 from mhe_lightning.files import write_text
-from mhe_lightning.loggers import MetricsCSV
 from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.parsing import Parser, as_user_error
 
@@ -139,21 +139,22 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.config_init[self.subcommand].trainer
-        loggers = options.logger
+        logger = options.logger
         if self.subcommand != "fit":
-            loggers = False  # what they find goes to results.json; metrics.csv is the training's
-        elif loggers in (None, True):
-            board = TensorBoardLogger(self.folder, name="", version="", sub_dir="tensorboard")
-            loggers = [MetricsCSV(self.folder), board]
+            logger = False  # what they find goes to results.json; the curves are the training's
+        elif logger in (None, True):
+            logger = TensorBoardLogger(self.folder, name="", version="", sub_dir="tensorboard")
         kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             kwargs["enable_progress_bar"] = False  # plain lines instead
         elif options.enable_progress_bar is not False:
             # the default bar shows "Epoch 0/-2" for training that ends at a step
             kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar()]
-        trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=loggers, **kwargs)
+        trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=logger, **kwargs)
         seed = int(self.config[self.subcommand].seed_everything)
         added = [ExactResume(seed), Throughput(), RunRecord(self._config_text(), seed), Predictions()]
+        if self.subcommand == "fit":
+            added.append(MetricsCSV(self.folder))  # after Throughput, whose metric it writes
         if trainer.progress_bar_callback is None and options.enable_progress_bar is not False:
             added.append(PlainProgress())
         # Checkpoints, which Lightning keeps last, must see what the others did with a batch

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 
 from conftest import logged
 from mhe_lightning.attention import MHE
+from mhe_lightning.callbacks import MetricsCSV
 from mhe_lightning.cli import main
 from mhe_lightning.data import LanguageModelingData
 from mhe_lightning.data.corpus import CorpusSpec
-from mhe_lightning.loggers import MetricsCSV
 from mhe_lightning.models import Decoder
 from mhe_lightning.tasks import LanguageModeling
 
@@ -61,7 +61,8 @@ def train(tmp_path: Path, micro_batches: int, ragged: bool) -> tuple[list[float]
         max_steps=STEPS,
         accumulate_grad_batches=micro_batches,
         gradient_clip_val=0.5,
-        logger=MetricsCSV(folder),
+        logger=False,
+        callbacks=[MetricsCSV(folder)],
         log_every_n_steps=1,
         enable_checkpointing=False,
         enable_progress_bar=False,
