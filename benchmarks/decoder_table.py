@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from mhe_lightning.run import CONFIG
+from mhe_lightning.callbacks.run_record import CONFIG
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def _row(run: Path, speed: dict[str, dict[str, float]]) -> dict[str, Any]:
         "attention": parameters["attention_qkv"] + parameters["attention_output"],
         "total": parameters["total"],
         "val_ppl": metrics["val/ppl"],
-        "test_ppl": metrics["test/ppl"],
+        "test_ppl": results["evaluations"]["test"]["metrics"]["test/ppl"],
         "val_word_ppl": metrics["val/word_ppl"],
         "val_bits": metrics["val/bits_per_byte"],
         "speed": f"{speed[name]['tokens_per_second']:,.0f}" if name in speed else "–",

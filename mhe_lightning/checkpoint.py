@@ -63,7 +63,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read as tensors and plain data: {error}") from error
+        # torch's text recommends weights_only=False in its first lines
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+        reason = reason.strip() or type(error).__name__
+        raise CheckpointError(f"checkpoint {path} cannot be read as tensors and plain data: {reason}") from error
     version = checkpoint.get(RECORD, {}).get("format_version") if isinstance(checkpoint, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -49,10 +50,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     verb, rest = args[0], args[1:]
     if verb not in VERBS:
         _fail(f"unknown verb {verb!r}; choose one of {', '.join(VERBS)}")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a user's own classes, also for the `mhe` command
     try:
         import_module(f"mhe_lightning.verbs.{VERBS[verb]}").main(verb, rest)
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:  # the reader, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)

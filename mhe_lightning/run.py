@@ -9,9 +9,19 @@ from typing import Any, TextIO
 
 from mhe_lightning.checkpoint import checkpoints_in, newest_checkpoint, step_of
 
-CONFIG = "config.yaml"
 TOKENIZER = "tokenizer.json"
 LOCK = ".lock"
+
+
+def folder_of(root: str, name: str) -> Path:
+    """The folder of the run ``name`` in ``root``.
+
+    Raises:
+        ValueError: the name is not that of one folder in ``root``; a new run would set aside what lies elsewhere.
+    """
+    if name in ("", ".", "..") or Path(name).name != name:
+        raise ValueError(f"name ({name!r}) must be the name of a folder, without '/'; try {Path(name).name or 'run'!r}")
+    return Path(root) / name
 
 
 def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:

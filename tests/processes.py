@@ -30,6 +30,23 @@ class KillAt(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SignalAt(Callback):
+    """Sends a signal to its own process before a micro-batch.
+
+    Args:
+        micro_batch: the micro-batch, counted in this process.
+        number: the signal.
+    """
+
+    def __init__(self, micro_batch: int, number: int) -> None:
+        self.micro_batch = micro_batch
+        self.number = number
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == self.micro_batch:
+            os.kill(os.getpid(), self.number)
+
+
 def run(args: Sequence[str], *, ranks: int = 1, log: Path | None = None) -> list[int]:
     """`train.py` with ``args`` on ``ranks`` processes, as torchrun would start them; their exit codes."""
     context = multiprocessing.get_context("fork")

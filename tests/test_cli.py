@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from conftest import ROOT, logged
 from mhe_lightning.checkpoint import config_of, newest_checkpoint, read_checkpoint
 from mhe_lightning.cli import main
+from processes import run
 
 
 @pytest.fixture
@@ -47,6 +49,13 @@ WRONG = {
     "no such checkpoint": (["fit", "--config", "CONFIG", "--ckpt_path", "nope.ckpt"], "nope.ckpt"),
     "nothing to validate": (["validate", "--config", "CONFIG"], "--ckpt_path"),
     "nothing to generate from": (["generate", "nope"], "nope"),
+    "a name that is a path": (["fit", "--config", "CONFIG", "--name", "."], "name ('.')"),
+    "epochs of an endless stream": (["fit", "--config", "CONFIG", "--trainer.limit_train_batches", "3"], "max_steps"),
+    "validation within a step": (
+        ["fit", "--config", "CONFIG", "--trainer.accumulate_grad_batches", "3"],
+        "multiple of",
+    ),
+    "no validation split": (["fit", "--config", "CONFIG", "--data.corpus.validation_fraction", "0"], "validation"),
     "prepare with a wrong size": (["prepare", "--config", "CONFIG", "--data.batch_size", "0"], "batch_size (0)"),
 }
 
@@ -151,12 +160,15 @@ def test_validate_test_and_predict_use_the_checkpoint(command, tiny_config, tmp_
         code, _, err = command(verb, "--config", path, "--ckpt_path", "auto")
         assert code == 0, err
 
-    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    results = json.loads((run / "results.json").read_text())
+    evaluations = results["evaluations"]
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     loss = sum(row["loss"] for row in rows) / sum(row["tokens"] for row in rows)
-    assert metrics["val/ppl"] == pytest.approx(float(logged(run, "val/ppl")[4]), rel=1e-6)
+    assert evaluations["validate"]["metrics"]["val/ppl"] == results["metrics"]["val/ppl"]
+    assert results["metrics"]["val/ppl"] == pytest.approx(float(logged(run, "val/ppl")[4]), rel=1e-6)
+    assert evaluations["test"]["checkpoint"].endswith("step=00000004.ckpt")
     assert [row["row"] for row in rows] == list(range(len(rows)))
-    assert loss == pytest.approx(metrics["test/loss"], rel=1e-6)
+    assert loss == pytest.approx(evaluations["test"]["metrics"]["test/loss"], rel=1e-6)
 
 
 def test_generate_continues_prompts_and_lines_of_standard_input(command, tiny_config, tmp_path):
@@ -234,6 +246,43 @@ def _weights(run):
 
 def _corpus(tiny_config):
     return yaml.safe_load(tiny_config().read_text())["data"]["init_args"]["corpus"]["path"]
+
+
+def test_a_checkpoint_of_another_model_is_refused(command, tiny_config):
+    path = str(tiny_config(trainer={"max_steps": 2}))
+    command("fit", "--config", path)
+
+    code, _, err = command("fit", "--config", path, "--ckpt_path", "auto", "--model.net.width", "32")
+
+    assert code == 2
+    assert "does not fit the model" in err
+
+
+def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(command, tiny_config, tmp_path):
+    path = str(tiny_config(trainer={"max_steps": 4}))
+    command("fit", "--config", path)
+    folder = tmp_path / "runs/tiny/checkpoints"
+
+    command("fit", "--config", path, "--ckpt_path", str(folder / "step=00000002.ckpt"), "--trainer.max_steps", "3")
+
+    assert newest_checkpoint(folder).name == "step=00000003.ckpt"
+    assert "ckpt_path: null" in (tmp_path / "runs/tiny/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_its_own_exit_code(number, code, tiny_config, tmp_path):
+    path = str(tiny_config(trainer={"max_steps": 12}))
+    signalled = [
+        "--trainer.callbacks+=processes.SignalAt",
+        "--trainer.callbacks.micro_batch=6",
+        f"--trainer.callbacks.number={int(number)}",
+    ]
+
+    exit_codes = run(["fit", "--config", path, *signalled], log=tmp_path / "log")
+
+    folder = tmp_path / "runs/tiny/checkpoints"
+    assert exit_codes == [code], (tmp_path / "log").read_text()
+    assert newest_checkpoint(folder).name == ("step=00000007.ckpt" if code == 143 else "step=00000006.ckpt")
 
 
 OPTIONS = {

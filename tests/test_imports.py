@@ -19,7 +19,7 @@ ALLOWED = {
     "run": {"checkpoint"},
     "data": {"data", "files"},
     "tasks": {"tasks", "models", "distributed"},
-    "callbacks": {"callbacks", "data", "models", "accounting", "checkpoint", "files"},
+    "callbacks": {"callbacks", "data", "models", "accounting", "checkpoint", "run", "files"},
 }
 """Which rooms of the package a room may import; rooms that are not named may import all."""
 

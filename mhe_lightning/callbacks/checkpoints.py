@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from mhe_lightning.checkpoint import CHECKSUM, SUFFIX, checkpoints_in
+from mhe_lightning.checkpoint import CHECKSUM, SUFFIX, checkpoints_in, step_of
 
 
 class Checkpoints(Checkpoint):
     """Writes ``checkpoints/step=….ckpt`` to resume from and ``best-step=….ckpt`` to use.
+
+    At SIGTERM, to any rank, the step is finished and saved, and `SIGTERMException` ends training on all ranks.
 
     At most ``keep`` + 1 files are left (and one more while writing).
 
@@ -37,6 +43,8 @@ class Checkpoints(Checkpoint):
         self._step_before = 0
         self._saved_step = 0
         self._due = False
+        self._terminated = False
+        self._ending = False
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -46,6 +54,16 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new to save yet
+        # Lightning's handler calls a collective at whatever point the signal arrives, and ends between micro-batches
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        interval = trainer.val_check_batch
+        if isinstance(interval, int) and interval % trainer.accumulate_grad_batches:
+            raise ValueError(
+                f"trainer.val_check_interval ({interval}) counts micro-batches and must be a multiple of "
+                f"trainer.accumulate_grad_batches ({trainer.accumulate_grad_batches}): a checkpoint between two steps "
+                "would lose the gradients gathered so far"
+            )
+        self._leave_later_behind(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
@@ -54,7 +72,8 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = trainer.global_step > self._step_before  # never in the middle of an accumulation
-        self._due = stepped and trainer.global_step % self.every_n_steps == 0
+        self._ending = stepped and _on_any_rank(self._terminated, pl_module.device)
+        self._due = stepped and (self._ending or trainer.global_step % self.every_n_steps == 0)
         # a validation belongs to its step: a run that goes on from this checkpoint does not repeat it
         if self._due and not _validation_follows(trainer):
             self._save_newest(trainer)
@@ -69,6 +88,19 @@ class Checkpoints(Checkpoint):
         self._save_best(trainer)
         if self._due:
             self._save_newest(trainer)
+
+    def _leave_later_behind(self, trainer: Trainer) -> None:
+        """Where a run goes on from an earlier checkpoint, remove those of the course that it leaves: `auto` would
+        return to them, and pruning would take them for the newest. Also what a killed process was writing."""
+        folder = self._folder(trainer)
+        later = [p for kind in ("step", "best-step") for p in checkpoints_in(folder, kind)]
+        _prune(trainer, [p for p in later if step_of(p) > trainer.global_step])
+        if trainer.is_global_zero:
+            for unfinished in folder.glob(".*.tmp"):
+                unfinished.unlink(missing_ok=True)
+        trainer.strategy.barrier()
+        if not checkpoints_in(folder, "best-step"):
+            self.best = None
 
     def _save_best(self, trainer: Trainer) -> None:
         value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
@@ -85,6 +117,11 @@ class Checkpoints(Checkpoint):
         self._saved_step = trainer.global_step
         self._due = False
         _prune(trainer, checkpoints_in(self._folder(trainer))[: -self.keep])
+        if self._ending:
+            raise SIGTERMException
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self._terminated = True
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
@@ -96,6 +133,14 @@ def _validation_follows(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+def _on_any_rank(flag: bool, device: torch.device) -> bool:
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
 
 
 def _prune(trainer: Trainer, paths: list[Path]) -> None:

@@ -25,7 +25,7 @@ class PlainProgress(Callback):
     ) -> None:
         step = trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = step % every == 0 and time.monotonic() - self._last >= self.min_interval
+        due = step > 0 and step % every == 0 and time.monotonic() - self._last >= self.min_interval
         if not trainer.is_global_zero or not (due or step == trainer.max_steps):
             return
         self._last = time.monotonic()
@@ -46,4 +46,5 @@ class PlainProgress(Callback):
         if trainer.is_global_zero and not trainer.sanity_checking:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(prefix)}
             shown = [f"{key} {value:.4f}" for key, value in sorted(metrics.items())]
-            print("  ".join([f"step {trainer.global_step}", *shown]), flush=True)
+            step = [f"step {trainer.global_step}"] if trainer.global_step else []  # unknown without training
+            print("  ".join([*step, *shown]), flush=True)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 import mhe_lightning
 from mhe_lightning.accounting import parameters_by_part
@@ -22,6 +24,7 @@ from mhe_lightning.checkpoint import FORMAT_VERSION, RECORD
 from mhe_lightning.data.base import ExactDataModule
 from mhe_lightning.files import write_text
 
+CONFIG = "config.yaml"
 RESULTS = "results.json"
 PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "tokenizers", "numpy")
 
@@ -48,6 +51,10 @@ class RunRecord(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[RECORD] = {"format_version": FORMAT_VERSION, "config": self.config}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:  # not before a checkpoint is restored: a refused one leaves the run's config alone
+            write_text(Path(trainer.default_root_dir) / CONFIG, self.config)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -77,23 +84,35 @@ class RunRecord(Callback):
         )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.training and trainer.is_global_zero:
-            update_results(Path(trainer.default_root_dir), {"metrics": _metrics(trainer)})
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:
+            self._record_evaluation(trainer, "validate")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            update_results(Path(trainer.default_root_dir), {"metrics": _metrics(trainer)})
+            self._record_evaluation(trainer, "test")
+
+    def _record_evaluation(self, trainer: Trainer, verb: str) -> None:
+        """Beside the training's own metrics: it may be of another checkpoint or with other settings."""
+        folder = Path(trainer.default_root_dir)
+        if trainer.ckpt_path is None:  # the end of a training too short for a validation of its own
+            update_results(folder, {"metrics": _metrics(trainer)})
+            return
+        data = yaml.safe_load(self.config)["data"]
+        entry = {"checkpoint": str(trainer.ckpt_path), "metrics": _metrics(trainer), "data": data}
+        update_results(folder, {"evaluations": {verb: entry}})
 
     def _wall(self) -> float:
         return self.wall_seconds + time.perf_counter() - self._begun
 
 
 def update_results(folder: Path, new: dict[str, Any]) -> None:
-    """Merge ``new`` into the run's results.json; metrics are merged one by one."""
+    """Merge ``new`` into the run's results.json; metrics and evaluations are merged one by one."""
     path = folder / RESULTS
     old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    metrics = {**old.get("metrics", {}), **new.get("metrics", {})}
-    write_text(path, json.dumps({**old, **new, "metrics": metrics}, indent=2) + "\n")
+    for part in ("metrics", "evaluations"):
+        if part in old or part in new:
+            new = {**new, part: {**old.get(part, {}), **new.get(part, {})}}
+    write_text(path, json.dumps({**old, **new}, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -74,8 +74,15 @@ class TrainingSampler(Sampler[list[int]]):
         self.per_rank = rows_per_rank(batch_size, world_size)
         self.rank = rank
         self.start = start
+        self._begun = False
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self._begun:
+            raise ValueError(
+                "the training rows have no end and were asked for a second time, which would repeat them: leave out "
+                "trainer.limit_train_batches and trainer.overfit_batches, and end training by trainer.max_steps"
+            )
+        self._begun = True
         position = self.start + self.rank * self.per_rank
         while True:
             yield self.order.rows(position, self.per_rank).tolist()

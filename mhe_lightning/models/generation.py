@@ -57,7 +57,7 @@ def generate(
         padding[row, : longest - len(prompt)] = False
     ragged = min(map(len, prompts)) < longest
     caches = net.new_caches(longest + max_new_tokens)
-    streams = [torch.Generator().manual_seed(seed * 1_000_003 + first + row) for row in range(len(prompts))]
+    streams = [torch.Generator().manual_seed((seed * 1_000_003 + first + row) % 2**63) for row in range(len(prompts))]
     new: list[list[int]] = [[] for _ in prompts]
     finished = [False] * len(prompts)
     for length in range(longest, longest + max_new_tokens):
@@ -81,7 +81,8 @@ def _choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float 
     """One token from the logits (V,) of one prompt, on the CPU."""
     if temperature == 0:
         return int(logits.argmax())
-    values, tokens = (logits / temperature).sort(descending=True, stable=True)
+    # the largest is 0 however small the temperature
+    values, tokens = ((logits - logits.max()) / temperature).sort(descending=True, stable=True)
     if top_k is not None:
         values, tokens = values[:top_k], tokens[:top_k]
     p = values.softmax(-1)

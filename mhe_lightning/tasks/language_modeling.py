@@ -71,7 +71,8 @@ class LanguageModeling(Task):
         results = {f"{split}/{name}": value for name, value in self.evaluation.compute().items()}
         self.evaluation.reset()
         self.log_dict(results, prog_bar=True)
-        self.log("step", float(self.global_step))
+        if self.trainer.state.fn == "fit":
+            self.log("step", float(self.global_step))  # the loggers' axis
 
 
 class TokenLoss(Metric):

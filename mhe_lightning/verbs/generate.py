@@ -10,7 +10,7 @@ from torch import nn
 
 from mhe_lightning import run
 from mhe_lightning.checkpoint import config_of, read_checkpoint, run_of
-from mhe_lightning.data.tokenizer import end_of_text_id, load_tokenizer
+from mhe_lightning.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 from mhe_lightning.models import Decoder
 from mhe_lightning.models.generation import generate_text
 from mhe_lightning.verbs import UserError
@@ -26,9 +26,18 @@ def main(verb: str, args: list[str]) -> None:
         if not isinstance(net, Decoder):
             raise UserError(f"{path} holds a {type(net).__name__}; only decoders generate text")
         tokenizer = load_tokenizer(options.tokenizer or folder / run.TOKENIZER)
-        prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()] or [""]
+        if options.batch_size < 1:
+            raise UserError(f"batch_size ({options.batch_size}) must be at least 1")
+        prompts = options.prompt or _lines_of_stdin()
         longest = 1 + max(len(tokenizer.encode(p, add_special_tokens=False).ids) for p in prompts)
-        new = options.max_new_tokens or max(1, min(200, net.max_length - longest))
+        new = options.max_new_tokens
+        if new is None:
+            new = max(1, min(200, net.max_length - longest))
+        if vocabulary_size(tokenizer) > net.vocab_size:
+            raise UserError(
+                f"the tokenizer has {vocabulary_size(tokenizer)} tokens but the model {net.vocab_size}; "
+                "use the one that it was trained with"
+            )
         settings = {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
         if options.greedy:
             settings["temperature"] = 0.0
@@ -41,6 +50,15 @@ def main(verb: str, args: list[str]) -> None:
                 print(prompt + text, flush=True)
     except ValueError as error:
         raise as_user_error(error) or error from error
+
+
+def _lines_of_stdin() -> list[str]:
+    if sys.stdin.isatty():
+        print("a prompt per line, then Ctrl-D:", file=sys.stderr)
+    try:
+        return [line.rstrip("\n") for line in sys.stdin if line.strip()] or [""]
+    except UnicodeDecodeError as error:
+        raise UserError("standard input is not UTF-8 text; convert it with iconv") from error
 
 
 def load_net(checkpoint: dict[str, Any]) -> nn.Module:

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -70,5 +71,13 @@ def as_user_error(error: BaseException) -> UserError | None:
     frames = traceback.extract_tb(error.__traceback__)
     ours = Path(mhe_lightning.__file__).parent
     if isinstance(error, ValueError) and frames and ours in Path(frames[-1].filename).parents:
+        return UserError(str(error))
+    if isinstance(error, (ValueError, RuntimeError)) and "load" in str(error) and "state" in str(error):
+        found = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = found[1] if len(found) > 1 else found[0]
+        more = f" (and {len(found) - 2} more)" if len(found) > 2 else ""
+        return UserError(f"the checkpoint does not fit the model of this config: {what}{more}")
+    theirs = Path(lightning.__file__).parent
+    if isinstance(error, (ValueError, ModuleNotFoundError)) and frames and theirs in Path(frames[-1].filename).parents:
         return UserError(str(error))
     return None

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mhe_lightning import run
 from mhe_lightning.accounting import parameters_by_part
@@ -51,7 +51,14 @@ def main(verb: str, args: list[str]) -> None:
     try:
         with ExitStack() as held:
             TrainCLI(verb, args, held)
-    except (MisconfigurationException, ValueError) as error:
+    except SIGTERMException:
+        print("terminated: the last step is saved; go on with --ckpt_path auto", file=sys.stderr)
+        sys.exit(143)  # Lightning's own code is 0, which a scheduler takes for "finished"
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits with 1
+            raise KeyboardInterrupt from error
+        raise
+    except (MisconfigurationException, ValueError, RuntimeError, ModuleNotFoundError) as error:
         raise as_user_error(error) or error from error
 
 
@@ -79,6 +86,16 @@ class TrainCLI(LightningCLI):
             trainer_defaults=TRAINER_DEFAULTS,
         )
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        for verb, parser in self._subcommand_parsers.items():
+            action = next(action for action in parser._actions if action.dest == "ckpt_path")
+            action.help = (
+                "A checkpoint file to go on from; 'auto' for the newest complete one of the run, if there is one."
+                if verb == "fit"
+                else "A checkpoint file; 'auto' or 'best' for the newest or the best complete one of the run."
+            )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--name", type=str, default="run", help="Name of the run: its folder in trainer.default_root_dir."
@@ -93,7 +110,8 @@ class TrainCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         options = self.config[self.subcommand]
-        self.folder = Path(options.trainer.default_root_dir) / options.name
+        _check_trainer(options.trainer)
+        self.folder = run.folder_of(options.trainer.default_root_dir, options.name)
         options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
         if self.subcommand == "fit":
             self._prepare_data(options)
@@ -103,6 +121,9 @@ class TrainCLI(LightningCLI):
                 f"newest or the best checkpoint in {self.folder}"
             )
         self._compare_with_checkpoint(options)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning's reads hyperparameters from the file, before anyone has checked it. Ours hold a config."""
 
     def _prepare_data(self, options: Namespace) -> None:
         """Make missing data, but never in a group of processes, where the others would time out waiting."""
@@ -132,7 +153,9 @@ class TrainCLI(LightningCLI):
 
     def _config_text(self) -> str:
         parser = self._parser(self.subcommand)
-        text: str = parser.dump(self.config[self.subcommand], skip_unset=False, skip_link_targets=True)
+        options = self.config[self.subcommand].clone()
+        options.ckpt_path = None  # where this process began is no property of the experiment
+        text: str = parser.dump(options, skip_unset=False, skip_link_targets=True)
         return text
 
     # The trainer
@@ -167,14 +190,27 @@ class TrainCLI(LightningCLI):
     # Around the verbs
 
     def before_fit(self) -> None:
+        self._check_data()
         if _rank() == 0:
             self._claim(self.config[self.subcommand].ckpt_path)
-            write_text(self.folder / run.CONFIG, self._config_text())
             parts = parameters_by_part(self.model.net)
             print(", ".join(f"{count:,} {part.replace('_', ' ')}" for part, count in parts.items() if count))
             tokenizer = getattr(self.datamodule, "tokenizer", None)
-            if tokenizer is not None:
+            if tokenizer is not None and not (self.folder / run.TOKENIZER).is_file():
                 write_text(self.folder / run.TOKENIZER, tokenizer.to_str())
+
+    def _check_data(self) -> None:
+        """Find out what cannot train before an earlier run is set aside for it."""
+        length = getattr(self.datamodule, "block_length", None)
+        positions = getattr(self.model.net, "max_length", None)
+        if length is not None and positions is not None and length > positions:
+            raise UserError(
+                f"data.block_length ({length}) is more than the model's positions, model.net.max_length ({positions}); "
+                "lower the one or raise the other"
+            )
+        if isinstance(self.datamodule, ExactDataModule):
+            self.datamodule.dataset("train")
+            self.datamodule.dataset("validation")
 
     def _claim(self, ckpt_path: str | None) -> None:
         """Go on with the run in the folder, or set aside what an earlier run left there."""
@@ -210,6 +246,19 @@ class TrainCLI(LightningCLI):
             print(f"predictions: {self.folder / 'predictions.jsonl'}")
 
 
+def _check_trainer(options: Namespace) -> None:
+    """Refuse what would cut the endless stream of training rows into epochs, whose rows would repeat."""
+    wrong = {
+        "limit_train_batches": options.limit_train_batches not in (None, 1.0),
+        "overfit_batches": bool(options.overfit_batches),
+        "max_epochs": options.max_epochs not in (None, -1),
+        "reload_dataloaders_every_n_epochs": bool(options.reload_dataloaders_every_n_epochs),
+    }
+    if any(wrong.values()):
+        names = ", ".join(f"trainer.{name}" for name, is_wrong in wrong.items() if is_wrong)
+        raise UserError(f"{names}: training rows are one endless stream; end it with --trainer.max_steps instead")
+
+
 def _launched_processes() -> int:
     """How many processes a launcher (torchrun, srun) has started for this job; 1 without one."""
     return max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
@@ -226,6 +275,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*custom batch sampler.*for prediction.*")  # ours gives every row
+    warnings.filterwarnings("ignore", message=".*recommended to use .*sync_dist=True.*")  # our metrics are reduced
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:

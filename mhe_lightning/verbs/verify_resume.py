@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mhe_lightning.checkpoint import read_checkpoint, run_of
 from mhe_lightning.data import verify_certificate
+from mhe_lightning.data.streaming import ENDLESS
 from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.parsing import Parser, as_user_error
 
@@ -30,7 +31,8 @@ def main(verb: str, args: list[str]) -> None:
     except ValueError as error:
         raise as_user_error(error) or error from error
     n_rows, segments = states[0]["n_rows"], len(states[0]["segments"])
+    epochs = f"{rows / n_rows:.3f} epochs of {n_rows} rows" if n_rows < ENDLESS else "streamed"
     print(
         f"{path}: {rows} rows trained in the order of seed {states[0]['seed']}, none skipped, none repeated "
-        f"({rows / n_rows:.3f} epochs of {n_rows} rows, {segments} segment{'s' if segments != 1 else ''})"
+        f"({epochs}, {segments} segment{'s' if segments != 1 else ''})"
     )
