@@ -35,7 +35,7 @@ def main() -> None:
             f"{row['total']:,}",
             f"{row['val_ppl']:.1f}",
             f"{100 * (1 - (row['val_ppl'] - mha) / mha):.1f} %",
-            f"{row['test_ppl']:.1f}",
+            row["test_ppl"],
             f"{row['val_word_ppl']:.0f}",
             f"{row['val_bits']:.3f}",
             row["speed"],
@@ -46,13 +46,14 @@ def main() -> None:
 def _row(run: Path, speed: dict[str, dict[str, float]]) -> dict[str, Any]:
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     metrics, parameters = results["metrics"], results["parameters"]
+    tested = results.get("evaluations", {}).get("test")
     name = _variant(run)
     return {
         "name": name,
         "attention": parameters["attention_qkv"] + parameters["attention_output"],
         "total": parameters["total"],
         "val_ppl": metrics["val/ppl"],
-        "test_ppl": results["evaluations"]["test"]["metrics"]["test/ppl"],
+        "test_ppl": f"{tested['metrics']['test/ppl']:.1f}" if tested else "–",
         "val_word_ppl": metrics["val/word_ppl"],
         "val_bits": metrics["val/bits_per_byte"],
         "speed": f"{speed[name]['tokens_per_second']:,.0f}" if name in speed else "–",
