@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -33,6 +33,7 @@ from mhe_lightning.callbacks import (
 from mhe_lightning.checkpoint import AtomicCheckpointIO, config_of, read_checkpoint
 from mhe_lightning.data import ExactDataModule
 from mhe_lightning.files import write_text
+from mhe_lightning.tasks import Task
 from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.parsing import Parser, as_user_error
 
@@ -75,7 +76,7 @@ class TrainCLI(LightningCLI):
         self._held = held
         sys.argv[1:] = [verb, *args]  # Lightning launches the other processes of a host with this command line
         super().__init__(
-            LightningModule,
+            Task,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
