@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -28,6 +30,14 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)  # a parser within the parser: the outer one reports
         raise UserError(condense(message, known)) from ex
+
+
+def data_module(spec: Namespace) -> LightningDataModule:
+    """The data module of a parsed config's ``data``, and nothing else of the config."""
+    parser = Parser()
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    data: LightningDataModule = parser.instantiate(Namespace(data=spec)).data
+    return data
 
 
 def condense(message: str, known: Sequence[str] = ()) -> str:

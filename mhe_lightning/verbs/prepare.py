@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 
 from mhe_lightning.data import ExactDataModule
 from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.parsing import Parser, as_user_error
+from mhe_lightning.verbs.parsing import Parser, as_user_error, data_module
 
 
 def main(verb: str, args: list[str]) -> None:
@@ -23,7 +23,7 @@ def main(verb: str, args: list[str]) -> None:
     for key in ("name", "ckpt_path", "weights_only"):
         parser.add_argument(f"--{key}", help="Accepted, so that a whole config fits; not used.")
     try:
-        data = parser.instantiate(parser.parse_args(args)).data
+        data = data_module(parser.parse_args(args).data)
         if not isinstance(data, ExactDataModule):
             raise UserError(f"{type(data).__name__} has nothing to prepare")
         data.prepare()

@@ -35,7 +35,7 @@ from mhe_lightning.data import ExactDataModule
 from mhe_lightning.files import write_text
 from mhe_lightning.tasks import Task
 from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.parsing import Parser, as_user_error
+from mhe_lightning.verbs.parsing import Parser, as_user_error, data_module
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",
@@ -128,9 +128,7 @@ class TrainCLI(LightningCLI):
 
     def _prepare_data(self, options: Namespace) -> None:
         """Make missing data, but never in a group of processes, where the others would time out waiting."""
-        parser = Parser()
-        parser.add_subclass_arguments(LightningDataModule, "data")
-        data = parser.instantiate(Namespace(data=options.data)).data
+        data = data_module(options.data)
         if not isinstance(data, ExactDataModule) or data.prepared:
             return
         if _launched_processes() > 1:
