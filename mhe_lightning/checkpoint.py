@@ -45,9 +45,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        path = Path(path)
-        path.with_name(path.name + CHECKSUM).unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+        remove_checkpoint(Path(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -73,6 +71,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"checkpoint {path} has format version {version}; this version of mhe_lightning reads {FORMAT_VERSION}"
         )
     return checkpoint
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint; its checksum goes first, so that half of it never passes for whole."""
+    path.with_name(path.name + CHECKSUM).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Move a checkpoint to ``superseded/`` beside it, where nothing goes on from it."""
+    target = path.parent / "superseded"
+    target.mkdir(exist_ok=True)
+    for file in (path.with_name(path.name + CHECKSUM), path):
+        if file.exists():
+            file.replace(target / file.name)
 
 
 def damage(path: Path) -> str | None:

@@ -266,6 +266,7 @@ def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(comman
     command("fit", "--config", path, "--ckpt_path", str(folder / "step=00000002.ckpt"), "--trainer.max_steps", "3")
 
     assert newest_checkpoint(folder).name == "step=00000003.ckpt"
+    assert newest_checkpoint(folder / "superseded").name == "step=00000004.ckpt"
     assert "ckpt_path: null" in (tmp_path / "runs/tiny/config.yaml").read_text()
 
 

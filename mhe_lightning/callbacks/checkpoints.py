@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from mhe_lightning.checkpoint import CHECKSUM, SUFFIX, checkpoints_in, step_of
+from mhe_lightning.checkpoint import SUFFIX, checkpoints_in, remove_checkpoint, set_aside, step_of
 
 
 class Checkpoints(Checkpoint):
@@ -90,12 +90,14 @@ class Checkpoints(Checkpoint):
             self._save_newest(trainer)
 
     def _leave_later_behind(self, trainer: Trainer) -> None:
-        """Where a run goes on from an earlier checkpoint, remove those of the course that it leaves: `auto` would
-        return to them, and pruning would take them for the newest. Also what a killed process was writing."""
+        """Where a run goes on from an earlier checkpoint, set those aside of the course that it leaves: `auto` would
+        return to them, and pruning would take them for the newest. Remove what a killed process was writing."""
         folder = self._folder(trainer)
         later = [p for kind in ("step", "best-step") for p in checkpoints_in(folder, kind)]
-        _prune(trainer, [p for p in later if step_of(p) > trainer.global_step])
         if trainer.is_global_zero:
+            for path in later:
+                if step_of(path) > trainer.global_step:
+                    set_aside(path)
             for unfinished in folder.glob(".*.tmp"):
                 unfinished.unlink(missing_ok=True)
         trainer.strategy.barrier()
@@ -146,5 +148,4 @@ def _on_any_rank(flag: bool, device: torch.device) -> bool:
 def _prune(trainer: Trainer, paths: list[Path]) -> None:
     if trainer.is_global_zero:
         for path in paths:
-            path.with_name(path.name + CHECKSUM).unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            remove_checkpoint(path)

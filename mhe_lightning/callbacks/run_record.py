@@ -35,11 +35,13 @@ class RunRecord(Callback):
     Args:
         config: the resolved experiment config, YAML.
         seed: the run's seed.
+        throughput: measures the time spent on training.
     """
 
-    def __init__(self, config: str, seed: int) -> None:
+    def __init__(self, config: str, seed: int, throughput: Throughput) -> None:
         self.config = config
         self.seed = seed
+        self.throughput = throughput
         self.wall_seconds = 0.0
         self._begun = time.perf_counter()
 
@@ -59,7 +61,6 @@ class RunRecord(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        timing = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
         tokens = int(getattr(pl_module, "tokens_seen", 0))
         data = getattr(trainer, "datamodule", None)
         update_results(
@@ -70,8 +71,8 @@ class RunRecord(Callback):
                 "parameters": parameters_by_part(pl_module.net),  # type: ignore[arg-type]
                 "tokens_seen": tokens,
                 "wall_seconds": round(self._wall(), 3),
-                "training_seconds": round(timing.training_seconds, 3),
-                "tokens_per_second": round(tokens / max(timing.training_seconds, 1e-9), 1),
+                "training_seconds": round(self.throughput.training_seconds, 3),
+                "tokens_per_second": round(tokens / max(self.throughput.training_seconds, 1e-9), 1),
                 "peak_memory_bytes": peak_memory_bytes(),
                 "data": data.describe() if isinstance(data, ExactDataModule) else {},
                 "seed": self.seed,

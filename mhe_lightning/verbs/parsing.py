@@ -63,6 +63,7 @@ def condense(message: str, known: Sequence[str] = ()) -> str:
 
 _KEY = re.compile(r'Parser key "([\w.]+)":')
 _FACTORY = re.compile(r"Type <class '[\w.]+'> expects a function or a callable class: |\. Got value: Namespace\(.*\)$")
+_STATE_MISMATCH = ("loading state_dict", "loaded state dict")
 _NOISE = (
     "Does not validate against",
     "Not a valid subclass of",
@@ -82,7 +83,8 @@ def as_user_error(error: BaseException) -> UserError | None:
     ours = Path(mhe_lightning.__file__).parent
     if isinstance(error, ValueError) and frames and ours in Path(frames[-1].filename).parents:
         return UserError(str(error))
-    if isinstance(error, (ValueError, RuntimeError)) and "load" in str(error) and "state" in str(error):
+    # torch's words for weights (RuntimeError) and an optimizer's state (ValueError) that do not fit
+    if isinstance(error, (ValueError, RuntimeError)) and any(w in str(error) for w in _STATE_MISMATCH):
         found = [line.strip() for line in str(error).splitlines() if line.strip()]
         what = found[1] if len(found) > 1 else found[0]
         more = f" (and {len(found) - 2} more)" if len(found) > 2 else ""

@@ -174,7 +174,8 @@ class TrainCLI(LightningCLI):
             kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar()]
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=logger, **kwargs)
         seed = int(self.config[self.subcommand].seed_everything)
-        added = [ExactResume(seed), Throughput(), RunRecord(self._config_text(), seed), Predictions()]
+        throughput = Throughput()
+        added = [ExactResume(seed), throughput, RunRecord(self._config_text(), seed, throughput), Predictions()]
         if self.subcommand == "fit":
             added.append(MetricsCSV(self.folder))  # after Throughput, whose metric it writes
         if trainer.progress_bar_callback is None and options.enable_progress_bar is not False:
