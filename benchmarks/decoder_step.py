@@ -9,28 +9,15 @@ the machine does falls on all of them; medians and quartiles over the rounds are
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
+from common import ATTENTIONS, machine, write_results
 
-from mhe_lightning.attention import GQA, MHA, MHE, MQA, SHA, SKV, AttentionFactory, ELAttention
+from mhe_lightning.attention import AttentionFactory
 from mhe_lightning.models import Decoder
-
-VARIANTS: dict[str, AttentionFactory] = {
-    "mha": MHA,
-    "gqa": partial(GQA, n_kv_heads=2),
-    "skv": SKV,
-    "mqa": MQA,
-    "el": ELAttention,
-    "mhe_add": partial(MHE, combine="add"),
-    "mhe_mul": partial(MHE, combine="multiply"),
-    "sha": SHA,
-}
 
 
 class Trained:
@@ -76,7 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tokens = torch.randint(options.vocab, (options.rows, options.length + 1))
-    models = {name: Trained(attention, options) for name, attention in VARIANTS.items()}
+    models = {name: Trained(attention, options) for name, attention in ATTENTIONS.items()}
     for _ in range(options.rounds):
         for model in models.values():
             model.step(tokens)
@@ -92,19 +79,7 @@ def main() -> None:
         }
         print(f"{name:8s} {per_step / median:8.0f} tokens/s  {reference / median:.2f} × MHA")
     if options.out:
-        settings = {key: value for key, value in vars(options).items() if key != "out"}
-        machine = {"platform": platform.platform(), "processor": _processor(), "torch": torch.__version__}
-        options.out.write_text(
-            json.dumps({"settings": settings, "machine": machine, "variants": rows}, indent=2) + "\n"
-        )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+        write_results(options.out, options, machine(), variants=rows)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ FORMAT_VERSION = 1
 RECORD = "mhe_lightning"
 """Key of what we add to a Lightning checkpoint: the format version and the run's config."""
 
+TOKENIZER_HASH = "tokenizer_sha256"
+"""Key in that of the tokenizer that the model was trained with, where the data have one."""
+
 SUFFIX = ".ckpt"
 CHECKSUM = ".sha256"
 

@@ -19,7 +19,8 @@ Train and use transformers with any attention.
   validate       score a checkpoint on the validation split
   test           score a checkpoint on the test split
   predict        write a checkpoint's predictions
-  prepare        tokenise and pack a config's corpus, before `fit` on several processes
+  prepare        tokenise a config's data, before `fit` on several processes
+  average        the GLUE or SuperGLUE average of runs  average runs/bert_base_*
   generate       continue texts with a trained decoder  generate runs/quickstart
   verify-resume  prove from a checkpoint that no training row was skipped or repeated
 
@@ -32,6 +33,7 @@ VERBS = {
     "test": "train",
     "predict": "train",
     "prepare": "prepare",
+    "average": "average",
     "generate": "generate",
     "verify-resume": "verify_resume",
 }

@@ -1,8 +1,11 @@
-"""How a model is laid out for training: compilation and activation checkpointing, block by block."""
+"""How a model is laid out for training, block by block, and the small collectives between its processes."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
 def parallelize(net: nn.Module, *, compile: bool = False, activation_checkpointing: bool = False) -> None:
@@ -26,3 +29,27 @@ def parallelize(net: nn.Module, *, compile: bool = False, activation_checkpointi
         if not hasattr(net, "checkpoint_activations"):
             raise ValueError(f"activation_checkpointing: {type(net).__name__} has no `checkpoint_activations` switch")
         net.checkpoint_activations = True  # type: ignore[assignment]
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """``values`` summed over all ranks; as they are in one process."""
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_rows(rows: dict[int, Any]) -> list[Any]:
+    """What all ranks have by row number, each row once, in the order of the numbers; equal on all ranks.
+
+    Negative numbers stand for no row and are left out.
+    """
+    if is_distributed():
+        gathered: list[dict[int, Any]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, rows)
+        rows = {number: row for part in gathered for number, row in part.items()}
+    return [rows[number] for number in sorted(rows) if number >= 0]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -30,6 +34,66 @@ def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file atomically."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def build_folder(target: Path, *, build: Callable[[Path], None], is_usable: Callable[[Path], bool]) -> None:
+    """Make the folder ``target`` complete or not at all, unless it is there already.
+
+    It is built in a temporary folder beside its place and renamed at the end. Of two processes that build the same, the
+    later one uses the folder of the other. What killed processes of this machine left behind is removed.
+
+    Args:
+        target: the folder to make.
+        build: writes its content into the folder that it is given.
+        is_usable: whether a folder that is there can be used; one that cannot is built anew.
+    """
+    if target.exists() and is_usable(target):
+        return
+    parent = target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(parent)
+    building = parent / f".{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    building.mkdir()
+    try:
+        build(building)
+        _publish(building, target, is_usable)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _publish(building: Path, target: Path, is_usable: Callable[[Path], bool]) -> None:
+    """Rename the finished folder into its place, unless another process was faster."""
+    try:
+        os.rename(building, target)
+    except OSError:
+        if not target.exists():
+            raise
+        if is_usable(target):
+            return
+        damaged = building.with_name(building.name + "-damaged")
+        os.rename(target, damaged)
+        os.rename(building, target)
+        shutil.rmtree(damaged, ignore_errors=True)
+    sync_folder(target.parent)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    """Remove what killed processes of this machine left; a folder whose process is alive or elsewhere stays."""
+    pattern = re.compile(rf"\..*\.tmp-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+(-damaged)?")
+    for folder in parent.iterdir():
+        match = pattern.fullmatch(folder.name)
+        if match and not _alive(int(match[1])):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it belongs to someone else, so it exists
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

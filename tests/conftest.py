@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
+import logging
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from mhe_lightning.cli import main
 from mhe_lightning.data import CorpusSpec, LanguageModelingData
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tests fork
@@ -46,6 +50,43 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tests' corpora are packed, once for all of them."""
     return tmp_path_factory.mktemp("prepared")
+
+
+@pytest.fixture(scope="session")
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the Hub's layout with all tasks of GLUE in miniature."""
+    from hub_fixtures import write_glue  # imports `datasets`, which costs seconds
+
+    return write_glue(tmp_path_factory.mktemp("hub") / "glue")
+
+
+@pytest.fixture(scope="session")
+def super_glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the Hub's layout with all tasks of SuperGLUE in miniature."""
+    from hub_fixtures import write_super_glue
+
+    return write_super_glue(tmp_path_factory.mktemp("hub") / "super_glue")
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command line in this process; gives exit code, standard output and standard error."""
+
+    def run(*args: str, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        for handler in logging.getLogger("lightning.pytorch").handlers:
+            if type(handler) is logging.StreamHandler:  # not one of pytest's
+                monkeypatch.setattr(handler, "stream", sys.stderr)  # it was that of the import
+        code = 0
+        try:
+            main(list(args))
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture
@@ -104,6 +145,73 @@ def tiny_config(prose: Path, prepared: Path, tmp_path: Path) -> Callable[..., Pa
             "checkpoints": {"every_n_steps": 2},
         }
         path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_classifier(glue: Path, super_glue: Path, prepared: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes the config of an encoder that is trained on a task in miniature; keywords override its parts."""
+
+    def write(
+        benchmark: str,
+        task: str,
+        *,
+        net: dict | None = None,
+        model: dict | None = None,
+        data: dict | None = None,
+        trainer: dict | None = None,
+    ) -> Path:
+        config = {
+            "name": task,
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": 2,
+                "log_every_n_steps": 1,
+                "val_check_interval": 2,
+                "default_root_dir": str(tmp_path / "runs"),
+                **(trainer or {}),
+            },
+            "model": {
+                "class_path": "mhe_lightning.tasks.SequenceClassification",
+                "init_args": {
+                    "lr": 1e-2,
+                    **(model or {}),
+                    "net": {
+                        "class_path": "mhe_lightning.models.Encoder",
+                        "init_args": {
+                            "width": 16,
+                            "n_heads": 2,
+                            "n_layers": 1,
+                            "max_length": 48,
+                            "attention": {
+                                "class_path": "mhe_lightning.attention.MHE",
+                                "init_args": {"combine": "add"},
+                            },
+                            **(net or {}),
+                        },
+                    },
+                },
+            },
+            "data": {
+                "class_path": f"mhe_lightning.data.{'GlueData' if benchmark == 'glue' else 'SuperGlueData'}",
+                "init_args": {
+                    "task": task,
+                    "path": str(glue if benchmark == "glue" else super_glue),
+                    "tokenizer": "wordpiece",
+                    "tokenizer_size": 256,
+                    "max_length": 48,
+                    "batch_size": 4,
+                    "cache_dir": str(prepared),
+                    **(data or {}),
+                },
+            },
+            "checkpoints": {"monitor": "val/score", "mode": "max"},
+        }
+        path = tmp_path / f"{task}.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         return path
 

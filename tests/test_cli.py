@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 
 import pytest
 import yaml
 
 from conftest import ROOT, logged
 from mhe_lightning.checkpoint import config_of, newest_checkpoint, read_checkpoint
-from mhe_lightning.cli import main
 from processes import run
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Runs a command line in this process; gives exit code, standard output and standard error."""
-
-    def run(*args: str, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py"])
-        monkeypatch.setattr(sys, "stdin", __import__("io").StringIO(stdin))
-        code = 0
-        try:
-            main(list(args))
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 WRONG = {

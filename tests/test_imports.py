@@ -15,11 +15,13 @@ ALLOWED = {
     "accounting": {"models", "attention"},
     "distributed": set(),
     "files": set(),
+    "metrics": {"metrics"},
     "checkpoint": {"files"},
     "run": {"checkpoint"},
     "data": {"data", "files"},
-    "tasks": {"tasks", "models", "distributed"},
-    "callbacks": {"callbacks", "data", "models", "accounting", "checkpoint", "run", "files"},
+    "tasks": {"tasks", "models", "metrics", "distributed"},
+    "pretrained": {"checkpoint", "run"},
+    "callbacks": {"callbacks", "data", "models", "accounting", "checkpoint", "distributed", "run", "files"},
 }
 """Which rooms of the package a room may import; rooms that are not named may import all."""
 

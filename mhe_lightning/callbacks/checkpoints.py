@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,10 +27,17 @@ class Checkpoints(Checkpoint):
     Args:
         every_n_steps: optimizer steps between two checkpoints; the last step is always saved.
         keep: how many of the newest to keep.
-        monitor: the metric that the best checkpoint has the lowest value of; null keeps no best one.
+        monitor: the metric that decides which checkpoint is the best; null keeps no best one.
+        mode: whether its lowest ("min") or highest ("max") value is the best.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep: int = 2, monitor: str | None = "val/loss") -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        keep: int = 2,
+        monitor: str | None = "val/loss",
+        mode: Literal["min", "max"] = "min",
+    ) -> None:
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps ({every_n_steps}) must be at least 1")
@@ -39,6 +46,7 @@ class Checkpoints(Checkpoint):
         self.every_n_steps = every_n_steps
         self.keep = keep
         self.monitor = monitor
+        self.mode = mode
         self.best: float | None = None
         self._step_before = 0
         self._saved_step = 0
@@ -106,13 +114,17 @@ class Checkpoints(Checkpoint):
 
     def _save_best(self, trainer: Trainer) -> None:
         value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
-        # NaN is never the best
-        if value is None or not float(value) < (math.inf if self.best is None else self.best):
+        if value is None or math.isnan(float(value)) or not self._is_best(float(value)):
             return
         self.best = float(value)
         path = self._folder(trainer) / f"best-step={trainer.global_step:08d}{SUFFIX}"
         trainer.save_checkpoint(path, weights_only=False)
         _prune(trainer, [old for old in checkpoints_in(path.parent, "best-step") if old != path])
+
+    def _is_best(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        return value < self.best if self.mode == "min" else value > self.best
 
     def _save_newest(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}", weights_only=False)

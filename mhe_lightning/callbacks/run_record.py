@@ -20,8 +20,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 import mhe_lightning
 from mhe_lightning.accounting import parameters_by_part
 from mhe_lightning.callbacks.throughput import Throughput
-from mhe_lightning.checkpoint import FORMAT_VERSION, RECORD
+from mhe_lightning.checkpoint import FORMAT_VERSION, RECORD, TOKENIZER_HASH
 from mhe_lightning.data.base import ExactDataModule
+from mhe_lightning.data.tokenizer import tokenizer_hash
 from mhe_lightning.files import write_text
 
 CONFIG = "config.yaml"
@@ -52,7 +53,12 @@ class RunRecord(Callback):
         self.wall_seconds = state_dict["wall_seconds"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[RECORD] = {"format_version": FORMAT_VERSION, "config": self.config}
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        checkpoint[RECORD] = {
+            "format_version": FORMAT_VERSION,
+            "config": self.config,
+            TOKENIZER_HASH: None if tokenizer is None else tokenizer_hash(tokenizer),
+        }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:  # not before a checkpoint is restored: a refused one leaves the run's config alone
@@ -68,7 +74,7 @@ class RunRecord(Callback):
             {
                 "metrics": _metrics(trainer),
                 "steps": trainer.global_step,
-                "parameters": parameters_by_part(pl_module.net),  # type: ignore[arg-type]
+                "parameters": parameters_by_part(pl_module),
                 "tokens_seen": tokens,
                 "wall_seconds": round(self._wall(), 3),
                 "training_seconds": round(self.throughput.training_seconds, 3),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mhe_lightning.data.sampler import (
     EvaluationSampler,
@@ -40,6 +41,9 @@ class ExactDataModule(LightningDataModule):
         seed: of the order of the rows.
         shuffle: whether training rows are permuted anew each epoch.
     """
+
+    with_epochs = False
+    """Whether the training data set is asked for (row, epoch) rather than for a row."""
 
     def __init__(
         self,
@@ -88,6 +92,26 @@ class ExactDataModule(LightningDataModule):
     def describe(self) -> dict[str, Any]:
         """Where the data come from and how much there is, for the run's record."""
 
+    # What it may change
+
+    @property
+    def row_lengths(self) -> np.ndarray | None:
+        """Length of each training row, to batch rows of similar length; None takes them as they come."""
+        return None
+
+    def collate(self, rows: list[Batch]) -> Batch:
+        """The rows of a batch as one: tensors of one shape are stacked."""
+        batch: Batch = default_collate(rows)
+        return batch
+
+    def evaluation_rows(self, split: str, n_rows: int) -> Sequence[int]:
+        """The rows of an evaluation split in the order in which they are batched, each once."""
+        return range(n_rows)
+
+    def submission(self, predictions: list[dict[str, Any]]) -> dict[str, str]:
+        """Files that the data set's benchmark asks for, by name, from all rows that `predict` gave."""
+        return {}
+
     # Loaders
 
     def setup(self, stage: str) -> None:
@@ -102,7 +126,12 @@ class ExactDataModule(LightningDataModule):
         self._begin_segment(rank, world_size)
         dataset = self.dataset("train")
         sampler = TrainingSampler(
-            self._order(), batch_size=self.batch_size, rank=rank, world_size=world_size, start=self.consumed
+            self._order(),
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            start=self.consumed,
+            with_epochs=self.with_epochs,
         )
         return self._loader(dataset, sampler)
 
@@ -120,7 +149,8 @@ class ExactDataModule(LightningDataModule):
         dataset = self.dataset(split)
         n_rows = len(dataset)  # type: ignore[arg-type]
         size = -(-self.eval_batch_size // world_size) * world_size  # batch shapes are free here: round up
-        sampler = EvaluationSampler(n_rows, batch_size=size, rank=rank, world_size=world_size)
+        rows = self.evaluation_rows(split, n_rows)
+        sampler = EvaluationSampler(rows, batch_size=size, rank=rank, world_size=world_size)
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Dataset[Batch], sampler: TrainingSampler | EvaluationSampler) -> DataLoader[Batch]:
@@ -131,6 +161,7 @@ class ExactDataModule(LightningDataModule):
         return DataLoader(
             dataset,
             batch_sampler=sampler,
+            collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
@@ -138,7 +169,7 @@ class ExactDataModule(LightningDataModule):
 
     def _order(self) -> RowOrder:
         n_rows = len(self.dataset("train"))  # type: ignore[arg-type]
-        return RowOrder(n_rows, self.seed, self.shuffle)
+        return RowOrder(n_rows, self.seed, self.shuffle, self.row_lengths, self.batch_size)
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Among the ranks that see different data (tensor-parallel ranks share theirs)."""
@@ -163,11 +194,14 @@ class ExactDataModule(LightningDataModule):
         segments = [dict(segment) for segment in self._segments]
         if segments:
             segments[-1]["digests"] = _gather_digests(rank, segments[-1]["digests"])
+        order = self._order()
         return {
             "consumed": self.consumed,
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "n_rows": self._order().n_rows,
+            "n_rows": order.n_rows,
+            "lengths": None if order.lengths is None else torch.from_numpy(order.lengths),
+            "group": order.group,
             "fingerprint": self.fingerprint(),
             "segments": segments,
         }
@@ -184,6 +218,17 @@ class ExactDataModule(LightningDataModule):
                     f"the checkpoint's row order has {name}={state_dict[name]}, the config says "
                     f"{getattr(self, name)}; resume with {name} {state_dict[name]}, or start a new run"
                 )
+        grouped = state_dict.get("lengths") is not None  # older checkpoints have none
+        if grouped != (self.row_lengths is not None):
+            raise ValueError(
+                f"the checkpoint's rows are {'' if grouped else 'not '}grouped by length, the config's are "
+                f"{'not' if grouped else 'so'}; resume as they were, or start a new run"
+            )
+        if grouped and state_dict["group"] != self.batch_size:
+            raise ValueError(
+                f"the checkpoint's rows are grouped by length in batches of {state_dict['group']}, the config's "
+                f"batch_size is {self.batch_size}; resume with batch_size {state_dict['group']}, or start a new run"
+            )
         self.consumed = state_dict["consumed"]
         self._segments = [dict(segment) for segment in state_dict["segments"]]
         self._untallied = []
@@ -222,7 +267,14 @@ def verify_certificate(state: Mapping[str, Any]) -> int:
     Raises:
         ValueError: a segment is missing, overlaps, or a digest differs: rows were skipped, repeated or reordered.
     """
-    order = RowOrder(state["n_rows"], state["seed"], state["shuffle"])
+    lengths = state.get("lengths")  # older checkpoints have neither
+    order = RowOrder(
+        state["n_rows"],
+        state["seed"],
+        state["shuffle"],
+        None if lengths is None else lengths.numpy(),
+        state.get("group", 1),
+    )
     position = 0
     for segment in state["segments"]:
         if segment["start"] != position:

@@ -21,11 +21,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -53,7 +49,7 @@ from mhe_lightning.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from mhe_lightning.files import sha256, sync_folder, write_text
+from mhe_lightning.files import build_folder, sha256, write_text
 
 TOKENIZER_TRAINING_BYTES = 200_000_000
 
@@ -242,20 +238,13 @@ def prepare(spec: CorpusSpec, cache_dir: str | Path, *, progress: bool = True) -
         ValueError: The source or the tokenizer cannot be used.
         CorpusError: A split is empty.
     """
-    cache = Path(cache_dir).expanduser()
-    target = cache / spec.folder_name()
-    finished = _usable(target)
-    if finished is not None:
-        return finished
-    cache.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(cache)
-    building = cache / f".{target.name}.tmp-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    building.mkdir()
-    try:
-        _build(spec, building, fingerprint=target.name.rpartition("-")[2], progress=progress)
-        _publish(building, target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    target = Path(cache_dir).expanduser() / spec.folder_name()
+    fingerprint = target.name.rpartition("-")[2]
+    build_folder(
+        target,
+        build=lambda folder: _build(spec, folder, fingerprint=fingerprint, progress=progress),
+        is_usable=_is_usable,
+    )
     return open_corpus(target, verify=False)
 
 
@@ -265,53 +254,17 @@ def find_corpus(spec: CorpusSpec, cache_dir: str | Path) -> Path | None:
     return folder if (folder / MANIFEST).is_file() else None
 
 
-def _usable(target: Path) -> PackedCorpus | None:
-    """The corpus in `target` if it is whole; None, and one line on stderr if it is damaged, otherwise."""
-    if not target.exists():
-        return None
+def _is_usable(target: Path) -> bool:
+    """Whether the corpus in `target` is whole; if it is damaged, a line on stderr says why."""
     try:
-        return open_corpus(target)
+        open_corpus(target)
     except CorpusError as error:
         print(
             f"prepare: building the corpus anew, because {error}".removesuffix("; run prepare again"),
             file=sys.stderr,
         )
-        return None
-
-
-def _remove_leftovers(cache: Path) -> None:
-    """Remove what killed runs on this machine left; a folder whose process is alive or elsewhere stays."""
-    pattern = re.compile(rf"\..*\.tmp-{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]+(-damaged)?")
-    for folder in cache.iterdir():
-        match = pattern.fullmatch(folder.name)
-        if match and not _alive(int(match[1])):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
         return False
-    except PermissionError:  # it belongs to someone else, so it exists
-        return True
     return True
-
-
-def _publish(building: Path, target: Path) -> None:
-    """Rename the finished folder into its place, unless another run was faster."""
-    try:
-        os.rename(building, target)
-    except OSError:
-        if not target.exists():
-            raise
-        if _usable(target) is not None:
-            return
-        damaged = building.with_name(building.name + "-damaged")
-        os.rename(target, damaged)
-        os.rename(building, target)
-        shutil.rmtree(damaged, ignore_errors=True)
-    sync_folder(target.parent)
 
 
 def _build(spec: CorpusSpec, folder: Path, fingerprint: str, progress: bool) -> None:

@@ -20,24 +20,15 @@ IGNORE = -100
 """Target of a position that is not predicted, as in ``torch.nn.functional.cross_entropy``."""
 
 
-class LanguageModelingData(ExactDataModule):
-    """Blocks of a packed corpus, for predicting the next token.
-
-    The corpus is tokenised and packed once (`prepare`) and then memory-mapped. A batch has ``tokens`` and ``targets``
-    (B, T), ``rows`` (B,), with ``document_mask`` also ``documents`` (B, T), and in evaluation ``words_per_token`` and
-    ``bytes_per_token`` (B,), the same number for all rows. In evaluation every token but the very first, an
-    end-of-text token, is predicted once.
+class CorpusData(ExactDataModule):
+    """Rows of a corpus that is tokenised and packed once (`prepare`) and then memory-mapped.
 
     Args:
         corpus: what to pack; `mhe_lightning.data.corpus.CorpusSpec`.
         block_length: tokens T of a row.
         batch_size: rows per micro-batch over all ranks.
-        seed: of the order of the rows; linked to ``seed_everything``.
+        seed: of the order of the rows.
         eval_batch_size: rows per evaluation batch over all ranks; ``batch_size`` if not given.
-        eval_stride: evaluate with a sliding window that moves by this many tokens, so that each is predicted from at
-            least T - stride tokens before it; ``block_length`` (no overlap) if not given.
-        document_mask: keep documents from attending to each other, and count positions from each one's start;
-            otherwise a block may hold several, separated by end-of-text tokens.
         num_workers: worker processes of each loader.
         shuffle: whether training rows are permuted anew each epoch.
         cache_dir: folder of packed corpora.
@@ -48,15 +39,14 @@ class LanguageModelingData(ExactDataModule):
         self,
         corpus: CorpusSpec,
         block_length: int,
+        *,
         batch_size: int,
         seed: int,
-        eval_batch_size: int | None = None,
-        eval_stride: int | None = None,
-        document_mask: bool = False,
-        num_workers: int = 0,
-        shuffle: bool = True,
-        cache_dir: str = "prepared",
-        verify_shards: bool = True,
+        eval_batch_size: int | None,
+        num_workers: int,
+        shuffle: bool,
+        cache_dir: str,
+        verify_shards: bool,
     ) -> None:
         super().__init__(
             batch_size=batch_size,
@@ -67,12 +57,8 @@ class LanguageModelingData(ExactDataModule):
         )
         if block_length < 1:
             raise ValueError(f"block_length ({block_length}) must be at least 1")
-        if eval_stride is not None and not 1 <= eval_stride <= block_length:
-            raise ValueError(f"eval_stride ({eval_stride}) must be between 1 and block_length ({block_length})")
         self.spec = corpus
         self.block_length = block_length
-        self.eval_stride = eval_stride or block_length
-        self.document_mask = document_mask
         self.cache_dir = cache_dir
         self.verify_shards = verify_shards
         self._corpus: PackedCorpus | None = None
@@ -111,14 +97,6 @@ class LanguageModelingData(ExactDataModule):
         """The corpus's tokenizer."""
         return self.corpus.tokenizer
 
-    def dataset(self, split: str) -> PackedBlocks:
-        return PackedBlocks(
-            self.corpus.split(split),
-            length=self.block_length,
-            stride=None if split == "train" else self.eval_stride,
-            document_start=self.corpus.end_of_text_id if self.document_mask else None,
-        )
-
     def fingerprint(self) -> str:
         manifest = self.corpus.manifest
         rows = {
@@ -129,7 +107,7 @@ class LanguageModelingData(ExactDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Where the data come from and how much there is, for the run's record."""
-        return {**self._description(), "epochs": round(self.consumed / len(self.dataset("train")), 4)}
+        return {**self._description(), "epochs": round(self.consumed / self._order().n_rows, 4)}
 
     def _description(self) -> dict[str, Any]:
         manifest = self.corpus.manifest
@@ -146,6 +124,69 @@ class LanguageModelingData(ExactDataModule):
             "block_length": self.block_length,
             "splits": splits,
         }
+
+
+class LanguageModelingData(CorpusData):
+    """Blocks of a packed corpus, for predicting the next token.
+
+    The corpus is tokenised and packed once (`prepare`) and then memory-mapped. A batch has ``tokens`` and ``targets``
+    (B, T), ``rows`` (B,), with ``document_mask`` also ``documents`` (B, T), and in evaluation ``words_per_token`` and
+    ``bytes_per_token`` (B,), the same number for all rows. In evaluation every token but the very first, an
+    end-of-text token, is predicted once.
+
+    Args:
+        corpus: what to pack; `mhe_lightning.data.corpus.CorpusSpec`.
+        block_length: tokens T of a row.
+        batch_size: rows per micro-batch over all ranks.
+        seed: of the order of the rows; linked to ``seed_everything``.
+        eval_batch_size: rows per evaluation batch over all ranks; ``batch_size`` if not given.
+        eval_stride: evaluate with a sliding window that moves by this many tokens, so that each is predicted from at
+            least T - stride tokens before it; ``block_length`` (no overlap) if not given.
+        document_mask: keep documents from attending to each other, and count positions from each one's start;
+            otherwise a block may hold several, separated by end-of-text tokens.
+        num_workers: worker processes of each loader.
+        shuffle: whether training rows are permuted anew each epoch.
+        cache_dir: folder of packed corpora.
+        verify_shards: compare the shards' checksums before training, not just their sizes.
+    """
+
+    def __init__(
+        self,
+        corpus: CorpusSpec,
+        block_length: int,
+        batch_size: int,
+        seed: int,
+        eval_batch_size: int | None = None,
+        eval_stride: int | None = None,
+        document_mask: bool = False,
+        num_workers: int = 0,
+        shuffle: bool = True,
+        cache_dir: str = "prepared",
+        verify_shards: bool = True,
+    ) -> None:
+        super().__init__(
+            corpus,
+            block_length,
+            batch_size=batch_size,
+            seed=seed,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            shuffle=shuffle,
+            cache_dir=cache_dir,
+            verify_shards=verify_shards,
+        )
+        if eval_stride is not None and not 1 <= eval_stride <= block_length:
+            raise ValueError(f"eval_stride ({eval_stride}) must be between 1 and block_length ({block_length})")
+        self.eval_stride = eval_stride or block_length
+        self.document_mask = document_mask
+
+    def dataset(self, split: str) -> PackedBlocks:
+        return PackedBlocks(
+            self.corpus.split(split),
+            length=self.block_length,
+            stride=None if split == "train" else self.eval_stride,
+            document_start=self.corpus.end_of_text_id if self.document_mask else None,
+        )
 
 
 class PackedBlocks(Dataset[Batch]):

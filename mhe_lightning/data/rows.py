@@ -88,9 +88,9 @@ def arrow_texts(where: str, table: pyarrow.Table | pyarrow.RecordBatch, column: 
     return (value or "" for value in values.to_pylist())
 
 
-def require_column(where: str, columns: list[str], column: str) -> None:
+def require_column(where: str, columns: list[str], column: str, remedy: str = "set text_column to one of") -> None:
     if column not in columns:
-        raise ValueError(f"{where} has no column {column!r}; set text_column to one of {', '.join(map(str, columns))}")
+        raise ValueError(f"{where} has no column {column!r}; {remedy} {', '.join(map(str, columns))}")
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -18,23 +19,39 @@ PADDING_ROW = -1
 """Stands for no row: it evens out the ranks' batches in evaluation, and must count for nothing."""
 
 
+GROUPS_SORTED_TOGETHER = 50
+"""Groups of similar length are cut from this many groups' worth of shuffled rows."""
+
+
 class RowOrder:
     """The infinite stream of training rows.
+
+    With ``lengths``, every ``group`` consecutive positions of the stream, counted from its start, hold rows of similar
+    length, so that a batch of that size needs little padding: an epoch's shuffled rows are sorted by length in parts,
+    cut into groups, and the groups are shuffled. Where two epochs meet, a group is of mixed lengths.
 
     Args:
         n_rows: rows of the training set.
         seed: of the permutations.
         shuffle: whether rows are permuted; False repeats them in their own order.
+        lengths: length of each row, (n_rows,).
+        group: rows of a group.
     """
 
-    def __init__(self, n_rows: int, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self, n_rows: int, seed: int, shuffle: bool = True, lengths: np.ndarray | None = None, group: int = 1
+    ) -> None:
         if n_rows < 1:
             raise ValueError(f"n_rows ({n_rows}) must be at least 1")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed ({seed}) must be in [0, 2³²)")
+        if lengths is not None and len(lengths) != n_rows:
+            raise ValueError(f"{len(lengths)} lengths were given for {n_rows} rows")
         self.n_rows = n_rows
         self.seed = seed
         self.shuffle = shuffle
+        self.lengths = lengths
+        self.group = group
         self._permutation: tuple[int, np.ndarray] | None = None
 
     def rows(self, start: int, count: int) -> np.ndarray:
@@ -49,15 +66,34 @@ class RowOrder:
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def epochs(self, start: int, count: int) -> np.ndarray:
+        """The epoch (count,) that each of the positions start … start + count - 1 belongs to."""
+        return np.arange(start, start + count, dtype=np.int64) // self.n_rows
+
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != epoch:
             # RandomState's streams are frozen across numpy versions, those of Generator are not
             order = np.random.RandomState([self.seed, epoch]).permutation(self.n_rows)
+            if self.lengths is not None:
+                order = self._grouped(order, epoch, self.lengths)
             self._permutation = (epoch, order)
         return self._permutation[1]
 
+    def _grouped(self, order: np.ndarray, epoch: int, lengths: np.ndarray) -> np.ndarray:
+        begun = min(-epoch * self.n_rows % self.group, self.n_rows)  # fills up the last group of the epoch before
+        n_groups = (self.n_rows - begun) // self.group
+        head, middle, tail = np.split(order, [begun, begun + n_groups * self.group])
+        part = GROUPS_SORTED_TOGETHER * self.group
+        by_length = [
+            rows[np.argsort(lengths[rows], kind="stable")]
+            for rows in (middle[start : start + part] for start in range(0, len(middle), part))
+        ]
+        groups = np.concatenate([middle[:0], *by_length]).reshape(n_groups, self.group)
+        shuffled = groups[np.random.RandomState([self.seed, epoch, 1]).permutation(n_groups)]
+        return np.concatenate([head, shuffled.reshape(-1), tail])
 
-class TrainingSampler(Sampler[list[int]]):
+
+class TrainingSampler(Sampler[list[Any]]):
     """Batch sampler that never ends: this rank's rows of one global batch after another.
 
     Args:
@@ -66,17 +102,28 @@ class TrainingSampler(Sampler[list[int]]):
         rank: this rank.
         world_size: ranks that share each batch.
         start: position of the stream to begin at.
+        with_epochs: give (row, epoch) for each row, for data that differ from epoch to epoch.
     """
 
-    def __init__(self, order: RowOrder, *, batch_size: int, rank: int = 0, world_size: int = 1, start: int = 0) -> None:
+    def __init__(
+        self,
+        order: RowOrder,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        with_epochs: bool = False,
+    ) -> None:
         self.order = order
         self.batch_size = batch_size
         self.per_rank = rows_per_rank(batch_size, world_size)
         self.rank = rank
         self.start = start
+        self.with_epochs = with_epochs
         self._begun = False
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         if self._begun:
             raise ValueError(
                 "the training rows have no end and were asked for a second time, which would repeat them: leave out "
@@ -85,32 +132,38 @@ class TrainingSampler(Sampler[list[int]]):
         self._begun = True
         position = self.start + self.rank * self.per_rank
         while True:
-            yield self.order.rows(position, self.per_rank).tolist()
+            rows = self.order.rows(position, self.per_rank).tolist()
+            if self.with_epochs:
+                yield list(zip(rows, self.order.epochs(position, self.per_rank).tolist(), strict=True))
+            else:
+                yield rows
             position += self.batch_size
 
 
 class EvaluationSampler(Sampler[list[int]]):
     """Batch sampler that gives every row once, to one rank; all ranks get equally many batches.
 
-    Rank r takes rows r, r + world_size, …; short ranks are filled up with `PADDING_ROW`, since sharded models need
-    every rank at every step.
+    Rank r takes the rows r, r + world_size, … of those given; short ranks are filled up with `PADDING_ROW`, since
+    sharded models need every rank at every step.
+
+    Args:
+        rows: the row ids, in any order.
+        batch_size: rows of a batch over all ranks; ``world_size`` must divide it.
+        rank: this rank.
+        world_size: ranks that share the rows.
     """
 
-    def __init__(self, n_rows: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.n_rows = n_rows
+    def __init__(self, rows: Sequence[int], *, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         self.per_rank = rows_per_rank(batch_size, world_size)
-        self.rank = rank
-        self.world_size = world_size
+        own = list(rows[rank::world_size])
+        self.rows = own + [PADDING_ROW] * (-(-len(rows) // world_size) - len(own))
 
     def __len__(self) -> int:
-        rows = -(-self.n_rows // self.world_size)
-        return -(-rows // self.per_rank)
+        return -(-len(self.rows) // self.per_rank)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows = list(range(self.rank, self.n_rows, self.world_size))
-        rows += [PADDING_ROW] * (-(-self.n_rows // self.world_size) - len(rows))
-        for i in range(0, len(rows), self.per_rank):
-            yield rows[i : i + self.per_rank]
+        for i in range(0, len(self.rows), self.per_rank):
+            yield self.rows[i : i + self.per_rank]
 
 
 def rows_per_rank(batch_size: int, world_size: int) -> int:

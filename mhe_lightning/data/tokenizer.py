@@ -21,6 +21,7 @@ KINDS: tuple[str, ...] = get_args(TokenizerKind)
 BPE_END_OF_TEXT = "<|endoftext|>"
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 END_OF_TEXT_TOKENS = (BPE_END_OF_TEXT, "</s>", "[SEP]")
+START_OF_SEQUENCE_TOKENS = ("[CLS]", "<s>")
 
 # BPE needs its 256 bytes and one special token. WordPiece needs its five special tokens and room for the
 # characters of an alphabet, each of which takes two places (`a` and `##a`).
@@ -96,6 +97,12 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
         if token_id is not None:
             return int(token_id)
     raise ValueError(f"the tokenizer has no end-of-text token; add one of {', '.join(END_OF_TEXT_TOKENS)}")
+
+
+def start_of_sequence_id(tokenizer: Tokenizer) -> int | None:
+    """The id of `[CLS]` or `<s>`, which begins a sequence; None if the vocabulary has neither."""
+    ids = (tokenizer.token_to_id(token) for token in START_OF_SEQUENCE_TOKENS)
+    return next((int(token_id) for token_id in ids if token_id is not None), None)
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -1,6 +1,7 @@
 """Transformers from scratch, as plain ``torch.nn.Module``s that take any attention."""
 
 from mhe_lightning.models.decoder import Decoder
+from mhe_lightning.models.encoder import Encoder
 from mhe_lightning.models.generation import generate
 
-__all__ = ["Decoder", "generate"]
+__all__ = ["Decoder", "Encoder", "generate"]

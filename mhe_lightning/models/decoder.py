@@ -7,10 +7,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mhe_lightning.attention import AttentionFactory, KVCache
-from mhe_lightning.models.layers import Activation, Block, FeedForward
+from mhe_lightning.models.layers import (
+    Activation,
+    Block,
+    check_length,
+    check_sizes,
+    document_mask,
+    init_normal,
+    make_blocks,
+    positions_in_documents,
+    run_blocks,
+)
 from mhe_lightning.models.loss import linear_cross_entropy, token_cross_entropy
 
 
@@ -40,6 +49,8 @@ class Decoder(nn.Module):
         ValueError: an argument is out of range.
     """
 
+    causal = True
+
     def __init__(
         self,
         vocab_size: int,
@@ -57,12 +68,9 @@ class Decoder(nn.Module):
         loss_chunk: int = 512,
     ) -> None:
         super().__init__()
-        sizes = {"vocab_size": vocab_size, "n_layers": n_layers, "max_length": max_length, "loss_chunk": loss_chunk}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} ({size}) must be at least 1")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout ({dropout}) must be in [0, 1); 0 switches it off")
+        check_sizes(
+            vocab_size=vocab_size, n_layers=n_layers, max_length=max_length, loss_chunk=loss_chunk, dropout=dropout
+        )
         self.vocab_size = vocab_size
         self.width = width
         self.max_length = max_length
@@ -71,21 +79,17 @@ class Decoder(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_length, width)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            Block(
-                attention=attention(width=width, n_heads=n_heads),
-                feed_forward=FeedForward(
-                    width=width,
-                    hidden=4 * width if ff_width is None else ff_width,
-                    activation=activation,
-                    bias=bias,
-                ),
-                width=width,
-                dropout=dropout,
-                norm_eps=norm_eps,
-                bias=bias,
-            )
-            for _ in range(n_layers)
+        self.blocks = make_blocks(
+            attention,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            width=width,
+            ff_width=ff_width,
+            activation=activation,
+            dropout=dropout,
+            bias=bias,
+            norm_eps=norm_eps,
+            norm_first=True,
         )
         self.norm = nn.LayerNorm(width, eps=norm_eps, bias=bias)
         self.head = nn.Linear(width, vocab_size, bias=False)
@@ -101,11 +105,7 @@ class Decoder(nn.Module):
         residual stream is scaled by 1/√(2L), so that the stream's variance does not grow with depth. What is neither
         (MHE's head embeddings) is initialised by the attention that owns it.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        init_normal(self)
         scale = 1 / math.sqrt(2 * len(self.blocks))
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -125,8 +125,8 @@ class Decoder(nn.Module):
             tokens: (B, T) token ids.
             documents: (B, T) document ids; tokens attend within their document only, and positions count from its
                 start. Not together with caches or padding.
-            padding: (B, S) boolean, True = a real token, for left-padded prompts; positions count real tokens. With
-                caches, S covers what is cached and ``tokens``.
+            padding: (B, S) boolean, True = a real token, for batches padded on either side; positions count real
+                tokens. With caches, S covers what is cached and ``tokens``.
             caches: one `KVCache` per layer, for incremental decoding.
 
         Raises:
@@ -134,28 +134,20 @@ class Decoder(nn.Module):
         """
         past = caches[0].length if caches else 0
         T = tokens.shape[1]
-        if past + T > self.max_length:
-            raise ValueError(
-                f"a sequence of {past + T} tokens does not fit the model's {self.max_length} positions (max_length); "
-                "shorten it, or train a model with a larger max_length"
-            )
+        check_length(past + T, self.max_length)
         positions = torch.arange(past, past + T, device=tokens.device)
         mask = None
         if documents is not None:
             if padding is not None or caches is not None:
                 raise ValueError("documents cannot be combined with padding or caches; pass one of them")
-            positions = _positions_in_documents(documents)
-            mask = (documents[:, :, None] == documents[:, None, :])[:, None]  # (B, 1, T, T)
+            positions = positions_in_documents(documents)
+            mask = document_mask(documents)  # (B, 1, T, T)
         elif padding is not None:
             positions = (padding.cumsum(1) - 1).clamp_min(0)[:, past : past + T]  # (B, T)
             mask = padding[:, None, None, :]
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, D)
-        for i, block in enumerate(self.blocks):
-            cache = caches[i] if caches else None
-            if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, mask, True, cache, use_reentrant=False)
-            else:
-                x = block(x, mask, True, cache)
+        recompute = self.checkpoint_activations and self.training
+        x = run_blocks(self.blocks, x, mask, is_causal=True, caches=caches, recompute=recompute)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -173,11 +165,3 @@ class Decoder(nn.Module):
     def new_caches(self, max_length: int | None = None) -> list[KVCache]:
         """Empty caches, one per layer, for ``max_length`` tokens (all positions of the model if not given)."""
         return [KVCache(max_length or self.max_length) for _ in self.blocks]
-
-
-def _positions_in_documents(documents: Tensor) -> Tensor:
-    """(B, T) positions that start from 0 at each change of document id along a row."""
-    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    starts = torch.zeros_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(1).values

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from mhe_lightning.attention import Attention, KVCache
+from mhe_lightning.attention import Attention, AttentionFactory, KVCache
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 
@@ -44,9 +47,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer: ``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``.
+    """A transformer layer: attention and a feed-forward net, each added to the residual stream.
 
-    Source: Radford et al. 2019, *Language Models are Unsupervised Multitask Learners* (GPT-2).
+    Pre-norm (GPT-2; Radford et al. 2019): ``x + f(norm(x))``. Post-norm (Vaswani et al. 2017, and BERT):
+    ``norm(x + f(x))``.
 
     Args:
         attention: this layer's self-attention.
@@ -54,6 +58,7 @@ class Block(nn.Module):
         width: model width D.
         dropout: probability of dropping a number of either sublayer's output, in training.
         norm_eps: ε of the layer norms.
+        norm_first: pre-norm; False is post-norm.
         bias: whether the layer norms have biases.
     """
 
@@ -65,9 +70,11 @@ class Block(nn.Module):
         width: int,
         dropout: float,
         norm_eps: float,
+        norm_first: bool,
         bias: bool = True,
     ) -> None:
         super().__init__()
+        self.norm_first = norm_first
         self.norm_1 = nn.LayerNorm(width, eps=norm_eps, bias=bias)
         self.attention = attention
         self.norm_2 = nn.LayerNorm(width, eps=norm_eps, bias=bias)
@@ -75,11 +82,131 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None = None, is_causal: bool = False, cache: KVCache | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_1(x), mask=mask, is_causal=is_causal, cache=cache))
-        return x + self.dropout(self.feed_forward(self.norm_2(x)))
+        """(B, T, D) → (B, T, D), or (M, D) at the positions ``kept`` (M,), which count along the flattened (B, T).
+
+        Nothing after the attention mixes positions, so those that are not kept need not be computed.
+        """
+        normed = self.norm_1(x) if self.norm_first else x
+        x = x + self.dropout(self.attention(normed, mask=mask, is_causal=is_causal, cache=cache))
+        if kept is not None:
+            x = x.flatten(0, 1)[kept]
+        if self.norm_first:
+            return x + self.dropout(self.feed_forward(self.norm_2(x)))
+        x = self.norm_1(x)
+        return self.norm_2(x + self.dropout(self.feed_forward(x)))
 
     def residual_projections(self) -> tuple[nn.Linear, ...]:
         """The matrices whose outputs are added to the residual stream."""
         return self.attention.w_o, self.feed_forward.w_2
+
+
+def make_blocks(
+    attention: AttentionFactory,
+    *,
+    n_layers: int,
+    n_heads: int,
+    width: int,
+    ff_width: int | None,
+    activation: Activation,
+    dropout: float,
+    bias: bool,
+    norm_eps: float,
+    norm_first: bool,
+) -> nn.ModuleList:
+    """``n_layers`` blocks, each with an attention of its own; ``ff_width`` None is 4 × ``width``."""
+    return nn.ModuleList(
+        Block(
+            attention=attention(width=width, n_heads=n_heads),
+            feed_forward=FeedForward(
+                width=width,
+                hidden=4 * width if ff_width is None else ff_width,
+                activation=activation,
+                bias=bias,
+            ),
+            width=width,
+            dropout=dropout,
+            norm_eps=norm_eps,
+            norm_first=norm_first,
+            bias=bias,
+        )
+        for _ in range(n_layers)
+    )
+
+
+def run_blocks(
+    blocks: Sequence[nn.Module] | nn.ModuleList,
+    x: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool,
+    caches: Sequence[KVCache] | None = None,
+    kept: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """``x`` (B, T, D) through ``blocks``; with ``recompute`` each block's activations are not kept for backward.
+
+    With ``kept`` (M,), positions along the flattened (B, T), the result is (M, D) at these positions.
+    """
+    for i, block in enumerate(blocks):
+        arguments = (x, mask, is_causal, caches[i] if caches else None, kept if i == len(blocks) - 1 else None)
+        x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+    return x
+
+
+def check_sizes(*, dropout: float, **sizes: int) -> None:
+    """Raise a ValueError unless every size is at least 1 and ``dropout`` is a probability below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} ({size}) must be at least 1")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout ({dropout}) must be in [0, 1); 0 switches it off")
+
+
+@torch.no_grad()
+def init_normal(net: nn.Module, std: float = 0.02) -> None:
+    """Matrices and embeddings of ``net`` from N(0, std²), biases of linear layers zero.
+
+    Norms keep their ones and zeros; what is none of these (MHE's head embeddings) is initialised by the attention that
+    owns it.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Sinusoidal positions (length, width): sine at even, cosine at odd channels (Vaswani et al. 2017, section 3.5)."""
+    frequencies = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angles = torch.arange(length)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :width]
+
+
+def positions_in_documents(documents: Tensor) -> Tensor:
+    """(B, T) positions that start from 0 at each change of document id along a row."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.zeros_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def document_mask(documents: Tensor) -> Tensor:
+    """(B, 1, T, T) attention mask, True between tokens of the same document."""
+    return (documents[:, :, None] == documents[:, None, :])[:, None]
+
+
+def check_length(length: int, max_length: int) -> None:
+    """Raise a ValueError if a sequence is longer than the model's positions."""
+    if length > max_length:
+        raise ValueError(
+            f"a sequence of {length} tokens does not fit the model's {max_length} positions (max_length); "
+            "shorten it, or train a model with a larger max_length"
+        )

@@ -63,12 +63,21 @@ def token_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk_size: int = 512
 ) -> Tensor:
     """Cross-entropy in nats of every token, shaped as ``targets``; 0 where the target is -100. Without gradient."""
+    return token_scores(hidden, weight, targets, bias=bias, chunk_size=chunk_size)[0]
+
+
+@torch.no_grad()
+def token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk_size: int = 512
+) -> tuple[Tensor, Tensor]:
+    """As `token_cross_entropy`, and whether each target is the likeliest token (False where it is -100)."""
     flat, flat_targets = hidden.flatten(0, -2), targets.flatten()
-    losses = [
-        F.cross_entropy(_upcast(F.linear(h, weight, bias)), t, reduction="none", ignore_index=IGNORE)
-        for h, t in zip(flat.split(chunk_size), flat_targets.split(chunk_size), strict=True)
-    ]
-    return torch.cat(losses).view_as(targets)
+    losses, hits = [], []
+    for h, t in zip(flat.split(chunk_size), flat_targets.split(chunk_size), strict=True):
+        logits = _upcast(F.linear(h, weight, bias))
+        losses.append(F.cross_entropy(logits, t, reduction="none", ignore_index=IGNORE))
+        hits.append(logits.argmax(-1) == t)
+    return torch.cat(losses).view_as(targets), torch.cat(hits).view_as(targets)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,6 +1,15 @@
 """LightningModules: an objective, its metrics and its optimizer."""
 
 from mhe_lightning.tasks.base import Task
+from mhe_lightning.tasks.classification import SequenceClassification
 from mhe_lightning.tasks.language_modeling import LanguageModeling
+from mhe_lightning.tasks.masked_language_modeling import MaskedLanguageModeling
+from mhe_lightning.tasks.question_answering import ExtractiveQuestionAnswering
 
-__all__ = ["LanguageModeling", "Task"]
+__all__ = [
+    "ExtractiveQuestionAnswering",
+    "LanguageModeling",
+    "MaskedLanguageModeling",
+    "SequenceClassification",
+    "Task",
+]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from mhe_lightning.distributed import parallelize
+from mhe_lightning.distributed import all_reduce_sum, parallelize
 
 Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
 
@@ -82,7 +81,7 @@ class Task(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long))
         self.tokens_seen: Tensor
-        self._window: list[tuple[Tensor, Tensor]] = []
+        self._window: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def configure_model(self) -> None:
         parallelize(self.net, compile=self.compile_blocks, activation_checkpointing=self.activation_checkpointing)
@@ -100,11 +99,11 @@ class Task(LightningModule):
         )
 
     def _parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        embeddings = {id(m.weight) for m in self.net.modules() if isinstance(m, nn.Embedding)}
-        matrices = {id(m.weight) for m in self.net.modules() if isinstance(m, nn.Linear)} - embeddings
+        embeddings = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)}
+        matrices = {id(m.weight) for m in self.modules() if isinstance(m, nn.Linear)} - embeddings
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
-        for name, parameter in self.net.named_parameters():
+        for name, parameter in self.named_parameters():
             decays = id(parameter) in matrices or any(fnmatchcase(name, p) for p in self.decay_also)
             (decayed if decays else others).append(parameter)
         return decayed, others
@@ -136,37 +135,60 @@ class Task(LightningModule):
 
     # Training
 
-    def accumulate(self, loss: Tensor, targets: Tensor) -> Tensor:
+    def accumulate(self, loss: Tensor, targets: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Take one micro-batch into the step's mean.
 
         Args:
             loss: the loss summed over the micro-batch's targets.
             targets: how many there are, an integer scalar.
+            tokens: how many tokens the net has read, padding left out, for ``tokens_seen``; ``targets`` if not given.
 
         Returns:
             What ``training_step`` returns.
         """
-        self._window.append((loss.detach(), targets))
+        self._window.append((loss.detach(), targets, targets if tokens is None else tokens))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        loss = torch.stack([loss.double() for loss, _ in self._window]).sum()
-        targets = torch.stack([targets for _, targets in self._window]).sum()
+        window = torch.stack([torch.stack([value.double() for value in entry]) for entry in self._window])
         self._window = []
-        totals = all_reduce_sum(torch.stack([loss, targets.double()]))
+        totals = all_reduce_sum(window.sum(0))  # loss, targets, tokens
         # the gradient now is that of the sum over this rank's targets, over micro-batches and averaged over ranks
         # (Lightning divides by the former, data parallelism by the latter)
         scale = self.trainer.accumulate_grad_batches * _data_parallel_size(self) / totals[1].clamp_min(1)
-        for parameter in self.net.parameters():
+        for parameter in self.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale.to(parameter.grad.dtype))
         rate = self.lr * self.learning_rate(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        self.tokens_seen += totals[1].long()
+        self.tokens_seen += totals[2].long()
         mean = totals[0] / totals[1].clamp_min(1)
         self.log("train/loss", mean, prog_bar=True)
         self.log_dict({"lr": rate, "tokens_seen": self.tokens_seen.float(), "step": float(self.global_step + 1)})
+
+    # Evaluation
+
+    def merge_predictions(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What `predict` writes, from what ``predict_step`` gave for all rows of the set, in their order."""
+        return rows
+
+    def log_evaluation(self, split: str, results: Mapping[str, Tensor | float]) -> None:
+        """Log the results of a whole evaluation set, equal on all ranks, as ``<split>/<name>``."""
+        self.log_dict({f"{split}/{name}": value for name, value in results.items()}, prog_bar=True)
+        if self.trainer.state.fn == "fit":
+            self.log("step", float(self.global_step))  # the loggers' axis
+
+
+def net_inputs(net: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a batch has besides tokens that the net takes: a decoder has no segments."""
+    names = ("documents", "padding") if net.causal else ("segments", "documents", "padding")
+    return {name: batch[name] for name in names if name in batch}
+
+
+def tokens_read(batch: Mapping[str, Any]) -> int:
+    """How many tokens of a batch are not padding."""
+    return int(batch["padding"].sum()) if "padding" in batch else batch["tokens"].numel()
 
 
 def learning_rate_schedule(
@@ -196,13 +218,6 @@ def learning_rate_schedule(
         return final_ratio + (1 - final_ratio) * fall
 
     return ratio
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """``values`` summed over all ranks; as they are in one process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-    return values
 
 
 def _data_parallel_size(task: LightningModule) -> int:

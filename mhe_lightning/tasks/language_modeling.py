@@ -41,10 +41,10 @@ class LanguageModeling(Task):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
+        self.log_evaluation("val", self._results())
 
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+        self.log_evaluation("test", self._results())
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """For every row of the batch its number, its predicted tokens, and their loss in nats."""
@@ -67,12 +67,10 @@ class LanguageModeling(Task):
             per_token.double().sum(), (targets != IGNORE).sum(), batch["words_per_token"], batch["bytes_per_token"]
         )
 
-    def _log_evaluation(self, split: str) -> None:
-        results = {f"{split}/{name}": value for name, value in self.evaluation.compute().items()}
+    def _results(self) -> dict[str, Tensor]:
+        results = self.evaluation.compute()
         self.evaluation.reset()
-        self.log_dict(results, prog_bar=True)
-        if self.trainer.state.fn == "fit":
-            self.log("step", float(self.global_step))  # the loggers' axis
+        return results
 
 
 class TokenLoss(Metric):

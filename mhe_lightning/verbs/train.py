@@ -8,7 +8,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
 from jsonargparse import Namespace
@@ -30,9 +30,19 @@ from mhe_lightning.callbacks import (
     Samples,
     Throughput,
 )
-from mhe_lightning.checkpoint import AtomicCheckpointIO, config_of, read_checkpoint
+from mhe_lightning.callbacks.predictions import PREDICTIONS, SUBMISSION
+from mhe_lightning.checkpoint import (
+    RECORD,
+    TOKENIZER_HASH,
+    AtomicCheckpointIO,
+    config_of,
+    read_checkpoint,
+    run_of,
+)
 from mhe_lightning.data import ExactDataModule
+from mhe_lightning.data.tokenizer import tokenizer_hash
 from mhe_lightning.files import write_text
+from mhe_lightning.pretrained import load_pretrained, take_tokenizer
 from mhe_lightning.tasks import Task
 from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.parsing import Parser, as_user_error, data_module
@@ -101,9 +111,18 @@ class TrainCLI(LightningCLI):
         parser.add_argument(
             "--name", type=str, default="run", help="Name of the run: its folder in trainer.default_root_dir."
         )
+        parser.add_argument(
+            "--init_from",
+            type=Optional[str],  # noqa: UP045 - jsonargparse on Python 3.10
+            help="Begin `fit` with the net of this run directory (its newest checkpoint) or checkpoint file, and with "
+            "its tokenizer, where data.tokenizer is not set.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
         parser.add_lightning_class_args(Samples, "samples")
         parser.link_arguments("data.vocab_size", "model.init_args.net.init_args.vocab_size", apply_on="instantiate")
+        # of finetuning; skipped where a task has no such argument
+        for name in ("problem", "n_labels", "n_spans", "metrics", "unanswerable"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.link_arguments("trainer.max_steps", "model.init_args.max_steps")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -114,13 +133,14 @@ class TrainCLI(LightningCLI):
         _check_trainer(options.trainer)
         self.folder = run.folder_of(options.trainer.default_root_dir, options.name)
         options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
-        if self.subcommand == "fit":
-            self._prepare_data(options)
-        elif options.ckpt_path is None:
+        if self.subcommand != "fit" and options.ckpt_path is None:
             raise UserError(
                 f"{self.subcommand} needs a trained model: give --ckpt_path, a file, or 'auto' or 'best' for the "
                 f"newest or the best checkpoint in {self.folder}"
             )
+        begins_with = options.ckpt_path or (options.init_from if self.subcommand == "fit" else None)
+        take_tokenizer(options.data.init_args, begins_with)
+        self._prepare_data(options)
         self._compare_with_checkpoint(options)
 
     def _parse_ckpt_path(self) -> None:
@@ -144,7 +164,7 @@ class TrainCLI(LightningCLI):
             return
         old = config_of(read_checkpoint(Path(options.ckpt_path)))
         new = yaml.safe_load(self._config_text())
-        for key in ("config", "ckpt_path", "name"):
+        for key in ("config", "ckpt_path", "name", "init_from"):
             old.pop(key, None)
             new.pop(key, None)
         for key, before, after in run.differences(old, new):
@@ -191,9 +211,20 @@ class TrainCLI(LightningCLI):
 
     def before_fit(self) -> None:
         self._check_data()
+        options = self.config[self.subcommand]
+        begun = None
+        if options.init_from is not None and options.ckpt_path is None:
+            begun = load_pretrained(
+                self.model,
+                run_of(Path(options.init_from))[1],
+                net_spec=yaml.safe_load(self._config_text())["model"]["init_args"]["net"],
+                tokenizer_sha256=_tokenizer_sha256(self.datamodule),
+            )
         if _rank() == 0:
-            self._claim(self.config[self.subcommand].ckpt_path)
-            parts = parameters_by_part(self.model.net)
+            self._claim(options.ckpt_path)
+            if begun is not None:
+                print(begun, flush=True)
+            parts = parameters_by_part(self.model)
             print(", ".join(f"{count:,} {part.replace('_', ' ')}" for part, count in parts.items() if count))
             tokenizer = getattr(self.datamodule, "tokenizer", None)
             if tokenizer is not None and not (self.folder / run.TOKENIZER).is_file():
@@ -201,16 +232,35 @@ class TrainCLI(LightningCLI):
 
     def _check_data(self) -> None:
         """Find out what cannot train before an earlier run is set aside for it."""
-        length = getattr(self.datamodule, "block_length", None)
         positions = getattr(self.model.net, "max_length", None)
-        if length is not None and positions is not None and length > positions:
-            raise UserError(
-                f"data.block_length ({length}) is more than the model's positions, model.net.max_length ({positions}); "
-                "lower the one or raise the other"
-            )
+        for name in ("block_length", "max_length"):
+            length = getattr(self.datamodule, name, None)
+            if length is not None and positions is not None and length > positions:
+                raise UserError(
+                    f"data.{name} ({length}) is more than the model's positions, model.net.max_length ({positions}); "
+                    "lower the one or raise the other"
+                )
         if isinstance(self.datamodule, ExactDataModule):
             self.datamodule.dataset("train")
             self.datamodule.dataset("validation")
+
+    def before_validate(self) -> None:
+        self._check_tokenizer()
+
+    def before_test(self) -> None:
+        self._check_tokenizer()
+
+    def before_predict(self) -> None:
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        path = self.config[self.subcommand].ckpt_path
+        trained, given = read_checkpoint(Path(path))[RECORD].get(TOKENIZER_HASH), _tokenizer_sha256(self.datamodule)
+        if trained is not None and given is not None and trained != given:
+            raise UserError(
+                f"{path} was trained with the tokenizer {trained[:12]}…, the data have {given[:12]}…; use the run's "
+                f"{run.TOKENIZER}"
+            )
 
     def _claim(self, ckpt_path: str | None) -> None:
         """Go on with the run in the folder, or set aside what an earlier run left there."""
@@ -243,7 +293,9 @@ class TrainCLI(LightningCLI):
 
     def after_predict(self) -> None:
         if self.trainer.is_global_zero:
-            print(f"predictions: {self.folder / 'predictions.jsonl'}")
+            print(f"predictions: {self.folder / PREDICTIONS}")
+            for path in sorted((self.folder / SUBMISSION).glob("*")):
+                print(f"submission:  {path}")
 
 
 def _check_trainer(options: Namespace) -> None:
@@ -257,6 +309,11 @@ def _check_trainer(options: Namespace) -> None:
     if any(wrong.values()):
         names = ", ".join(f"trainer.{name}" for name, is_wrong in wrong.items() if is_wrong)
         raise UserError(f"{names}: training rows are one endless stream; end it with --trainer.max_steps instead")
+
+
+def _tokenizer_sha256(data: LightningDataModule | None) -> str | None:
+    tokenizer = getattr(data, "tokenizer", None)
+    return None if tokenizer is None else tokenizer_hash(tokenizer)
 
 
 def _launched_processes() -> int:

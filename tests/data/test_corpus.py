@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from mhe_lightning import files as files_module
 from mhe_lightning.data import corpus as corpus_module
 from mhe_lightning.data import packing
 from mhe_lightning.data.assignment import Turns
@@ -389,7 +390,7 @@ def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_cleans_up(row
     fork = multiprocessing.get_context("fork")  # a fresh process would import for seconds
     built = fork.Event()
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_publish", lambda *folders: (built.set(), time.sleep(60)))
+        patch.setattr(files_module, "_publish", lambda *folders: (built.set(), time.sleep(60)))
         child = fork.Process(target=pack, args=(small(rows), tmp_path / "cache"))
         child.start()
     assert built.wait(30)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
+import io
 import os
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 
 import numpy as np
 import pytest
@@ -31,6 +31,13 @@ ORDERS = st.builds(RowOrder, st.integers(1, 40), st.integers(0, 2**32 - 1), st.b
 
 
 @st.composite
+def grouped_orders(draw: st.DrawFn, max_rows: int = 60, shuffle: bool = True) -> RowOrder:
+    """Orders with groups of similar length."""
+    lengths = np.array(draw(st.lists(st.integers(1, 30), min_size=1, max_size=max_rows)))
+    return RowOrder(len(lengths), draw(st.integers(0, 99)), shuffle, lengths, draw(st.integers(1, 9)))
+
+
+@st.composite
 def shares(draw: st.DrawFn) -> dict[str, int]:
     """A batch size and a number of ranks that divides it."""
     world_size = draw(st.integers(1, 6))
@@ -40,7 +47,7 @@ def shares(draw: st.DrawFn) -> dict[str, int]:
 # --- the stream of rows
 
 
-@given(order=ORDERS, epoch=st.integers(0, 5))
+@given(order=ORDERS | grouped_orders(), epoch=st.integers(0, 5))
 @quick
 def test_every_epoch_is_a_permutation_of_all_rows(order, epoch):
     rows = order.rows(epoch * order.n_rows, order.n_rows)
@@ -49,7 +56,7 @@ def test_every_epoch_is_a_permutation_of_all_rows(order, epoch):
         assert rows.tolist() == sorted(rows)
 
 
-@given(order=ORDERS, start=st.integers(0, 150), count=st.integers(0, 150))
+@given(order=ORDERS | grouped_orders(), start=st.integers(0, 150), count=st.integers(0, 150))
 @quick
 def test_any_stretch_of_the_stream_is_a_slice_of_it(order, start, count):
     rows = order.rows(start, count)
@@ -69,6 +76,80 @@ def test_the_order_of_a_seed_stays_what_it_was():
 
 def test_the_stream_of_a_source_without_an_end_costs_no_memory():
     assert RowOrder(2**62, 0, shuffle=False).rows(10**12, 3).tolist() == [10**12, 10**12 + 1, 10**12 + 2]
+
+
+@given(order=ORDERS | grouped_orders(), start=st.integers(0, 150), count=st.integers(0, 150))
+@quick
+def test_the_epoch_of_a_position_counts_the_passes_before_it(order, start, count):
+    epochs = order.epochs(start, count)
+    assert epochs.tolist() == [position // order.n_rows for position in range(start, start + count)]
+
+
+# --- groups of similar length
+
+
+@given(order=grouped_orders(), positions=st.lists(st.integers(0, 300), max_size=12))
+@quick
+def test_positions_may_be_read_in_any_order(order, positions):
+    other = RowOrder(order.n_rows, order.seed, True, order.lengths, order.group)
+    stream = order.rows(0, 301)
+    assert [other.rows(position, 1)[0] for position in positions] == stream[positions].tolist()
+
+
+def padding(order: RowOrder, lengths: np.ndarray, group: int, epochs: int = 5) -> int:
+    """Tokens that the batches of some epochs are filled up with."""
+    batches = epochs * order.n_rows // group
+    in_batches = lengths[order.rows(0, batches * group)].reshape(batches, group)
+    return int((in_batches.max(1, initial=0, keepdims=True) - in_batches).sum())
+
+
+@given(order=grouped_orders())
+@quick
+def test_groups_never_need_more_padding_than_rows_as_they_come(order):
+    ungrouped = RowOrder(order.n_rows, order.seed)
+    assert padding(order, order.lengths, order.group) <= padding(ungrouped, order.lengths, order.group)
+
+
+@pytest.mark.parametrize("n_rows", [3000, 3001])  # with 3001 epochs begin within a group
+def test_groups_of_rows_of_very_different_lengths_need_little_padding(n_rows):
+    lengths = np.random.RandomState(0).geometric(0.01, n_rows)
+    grouped, ungrouped = RowOrder(n_rows, 1, True, lengths, 16), RowOrder(n_rows, 1)
+    assert padding(grouped, lengths, 16) < padding(ungrouped, lengths, 16) / 3
+
+
+@given(order=grouped_orders(), epoch=st.integers(0, 6))
+@quick
+def test_the_groups_of_an_epoch_do_not_overlap_in_length(order, epoch):
+    # of 60 rows and fewer only groups of one row could be sorted in two parts, and those cannot overlap either
+    first = -(-epoch * order.n_rows // order.group) * order.group
+    n_groups = max(0, ((epoch + 1) * order.n_rows - first) // order.group)
+    groups = order.lengths[order.rows(first, n_groups * order.group)].reshape(n_groups, order.group)
+    ranges = sorted((min(group), max(group)) for group in groups.tolist())
+    assert all(before[1] <= after[0] for before, after in pairwise(ranges))
+
+
+def test_groups_come_in_an_order_of_their_own_each_epoch():
+    order = RowOrder(320, 1, True, np.arange(320), 8)
+    of_epochs = [order.rows(epoch * 320, 320).reshape(40, 8).min(1).tolist() for epoch in range(2)]
+    assert of_epochs[0] != of_epochs[1]
+    # 320 rows are sorted as one part, so that in both epochs the shortest are together, but not at the beginning
+    assert all(sorted(mins) == list(range(0, 320, 8)) != mins for mins in of_epochs)
+
+
+def test_the_grouped_order_of_a_seed_stays_what_it_was():
+    order = RowOrder(8, 42, True, np.array([5, 3, 8, 1, 9, 2, 7, 4]), 3)
+    assert order.rows(0, 16).tolist() == [0, 6, 4, 3, 1, 7, 5, 2, 1, 3, 5, 0, 6, 2, 4, 7]
+
+
+@given(order=grouped_orders(shuffle=False))
+@quick
+def test_rows_in_their_own_order_are_not_grouped(order):
+    assert order.rows(0, order.n_rows).tolist() == list(range(order.n_rows))
+
+
+def test_lengths_of_other_rows_are_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="2 lengths were given for 3 rows"):
+        RowOrder(3, 0, True, np.array([1, 2]), 2)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +182,23 @@ def test_starting_later_goes_on_with_the_same_batches(order, share, steps):
     assert list(islice(rest, 4)) == list(islice(whole, steps, steps + 4))
 
 
+@given(order=ORDERS | grouped_orders(), share=shares(), start=st.integers(0, 100))
+@quick
+def test_with_epochs_each_row_comes_with_that_of_its_position(order, share, start):
+    rank = share["world_size"] - 1
+    plain = TrainingSampler(order, rank=rank, start=start, **share)
+    pairs = TrainingSampler(order, rank=rank, start=start, with_epochs=True, **share)
+    per_rank = share["batch_size"] // share["world_size"]
+    for step, (rows, batch) in enumerate(islice(zip(plain, pairs, strict=True), 6)):
+        first = start + step * share["batch_size"] + rank * per_rank
+        assert batch == [(row, (first + i) // order.n_rows) for i, row in enumerate(rows)]
+
+
 @pytest.mark.parametrize(("batch_size", "world_size", "fit"), [(3, 2, 4), (0, 2, 2), (2, 4, 4), (-1, 1, 1)])
 def test_a_batch_that_the_ranks_cannot_share_is_refused_with_one_that_they_can(batch_size, world_size, fit):
     message = rf"batch_size \({batch_size}\) .*all {world_size} ranks.* try {fit}$"
     for sampler in (TrainingSampler, EvaluationSampler):
-        first = RowOrder(5, 0) if sampler is TrainingSampler else 5
+        first = RowOrder(5, 0) if sampler is TrainingSampler else range(5)
         with pytest.raises(ValueError, match=message):
             sampler(first, batch_size=batch_size, world_size=world_size)
     assert rows_per_rank(fit, world_size) * world_size == fit
@@ -114,24 +207,33 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused_with_one_that_they_can(b
 # --- evaluation batches
 
 
-@given(n_rows=st.integers(0, 60), share=shares())
+@given(rows=st.lists(st.integers(0, 99), max_size=60, unique=True), share=shares())
 @quick
-def test_evaluation_gives_every_row_once_in_equally_many_batches(n_rows, share):
-    ranks = [list(EvaluationSampler(n_rows, rank=rank, **share)) for rank in range(share["world_size"])]
-    lengths = {len(EvaluationSampler(n_rows, rank=rank, **share)) for rank in range(share["world_size"])}
+def test_evaluation_gives_every_row_once_in_equally_many_batches(rows, share):
+    ranks = [list(EvaluationSampler(rows, rank=rank, **share)) for rank in range(share["world_size"])]
+    lengths = {len(EvaluationSampler(rows, rank=rank, **share)) for rank in range(share["world_size"])}
     assert {len(batches) for batches in ranks} == lengths
     assert all([len(batch) for batch in batches] == [len(batch) for batch in ranks[0]] for batches in ranks)
     assert all(1 <= len(batch) <= share["batch_size"] // share["world_size"] for batch in chain(*ranks))
-    rows = sorted(chain.from_iterable(chain(*ranks)))
-    padding = rows.count(PADDING_ROW)
+    given = sorted(chain.from_iterable(chain(*ranks)))
+    padding = given.count(PADDING_ROW)
     assert padding < share["world_size"]
-    assert rows == [PADDING_ROW] * padding + list(range(n_rows))
+    assert given == [PADDING_ROW] * padding + sorted(rows)
+
+
+@given(rows=st.lists(st.integers(0, 99), min_size=1, max_size=60, unique=True), share=shares())
+@quick
+def test_evaluation_keeps_the_rows_in_the_order_given(rows, share):
+    # so that rows sorted by length stay with their like, on any number of ranks
+    ranks = [list(chain(*EvaluationSampler(rows, rank=rank, **share))) for rank in range(share["world_size"])]
+    together = list(chain.from_iterable(zip(*ranks, strict=True)))
+    assert together[: len(rows)] == rows
 
 
 # --- the certificate
 
 
-@given(order=ORDERS, share=shares(), steps=st.integers(0, 8), start=st.integers(0, 30))
+@given(order=ORDERS | grouped_orders(), share=shares(), steps=st.integers(0, 8), start=st.integers(0, 30))
 @quick
 def test_a_replay_gives_the_digest_of_training(order, share, steps, start):
     for rank in range(share["world_size"]):
@@ -173,6 +275,14 @@ class NumberData(ExactDataModule):
         return f"{self.n_rows} numbers"
 
 
+class GroupedNumberData(NumberData):
+    """Its rows are of different lengths, and batched by them."""
+
+    @property
+    def row_lengths(self) -> np.ndarray:
+        return np.arange(self.n_rows) * 8 % 21 + 1
+
+
 def train(data: NumberData, steps: int) -> list[int]:
     """Train some batches; returns the rows."""
     batches = list(islice(data.train_dataloader(), steps))
@@ -184,7 +294,10 @@ def train(data: NumberData, steps: int) -> list[int]:
 
 def stored(state: dict) -> dict:
     """What a checkpoint gives back."""
-    return json.loads(json.dumps(state))
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 @given(
@@ -203,6 +316,32 @@ def test_a_run_in_parts_trains_the_stream_and_certifies_it(parts, seed, shuffle)
         state = data.state_dict()
     assert rows == RowOrder(21, seed, shuffle).rows(0, len(rows)).tolist()
     assert verify_certificate(state) == len(rows) == data.consumed
+
+
+@given(steps=st.lists(st.integers(0, 9), min_size=1, max_size=4), batch_size=st.integers(1, 7), seed=st.integers(0, 99))
+@quick
+def test_a_run_on_grouped_rows_in_parts_trains_the_stream_and_certifies_it(steps, batch_size, seed):
+    state, rows = None, []
+    for part in steps:
+        data = GroupedNumberData(batch_size=batch_size, seed=seed)
+        if state is not None:
+            data.load_state_dict(stored(state))
+        rows += train(data, part)
+        state = data.state_dict()
+    order = RowOrder(21, seed, True, data.row_lengths, batch_size)
+    assert rows == order.rows(0, len(rows)).tolist()
+    assert verify_certificate(stored(state)) == len(rows) == data.consumed
+
+
+def test_a_certificate_from_before_there_were_groups_still_holds():
+    data = NumberData(batch_size=4)
+    rows = train(data, 3)
+    state = stored(data.state_dict())
+    del state["lengths"], state["group"]
+    assert verify_certificate(state) == 12
+    resumed = NumberData(batch_size=4)
+    resumed.load_state_dict(state)
+    assert rows + train(resumed, 2) == RowOrder(21, 0).rows(0, 20).tolist()
 
 
 def test_a_resume_with_the_same_batches_goes_on_with_its_segment_and_with_others_begins_one():
@@ -320,6 +459,38 @@ def test_a_certificate_that_was_tampered_with_is_refused(tamper, message):
         verify_certificate(forged)
 
 
+def forget_lengths(state: dict) -> None:
+    state["lengths"] = None
+
+
+def change_a_length(state: dict) -> None:
+    state["lengths"][state["lengths"].argmin()] = 1000
+
+
+def change_group(state: dict) -> None:
+    state["group"] = 5
+
+
+@pytest.mark.parametrize("tamper", [forget_lengths, change_a_length, change_group, change_seed])
+def test_a_certificate_whose_groups_were_tampered_with_is_refused(tamper):
+    data = GroupedNumberData(batch_size=4)
+    train(data, 12)
+    state = stored(data.state_dict())
+    assert verify_certificate(state) == 48
+    tamper(state)
+    with pytest.raises(ValueError, match="rank 0 did not train rows 0 to 48 of the stream in order"):
+        verify_certificate(state)
+
+
+@pytest.mark.parametrize("fault", [skip, repeat, swap_batches, swap_rows])
+def test_the_certificate_of_other_rows_than_those_of_the_groups_is_refused(fault):
+    data = GroupedNumberData(batch_size=4)
+    for rows in fault([batch["rows"] for batch in islice(data.train_dataloader(), 5)]):
+        data.mark_trained(rows)
+    with pytest.raises(ValueError, match=r"rank 0 did not train rows 0 to \d+ of the stream in order"):
+        verify_certificate(data.state_dict())
+
+
 # --- the data module
 
 
@@ -341,6 +512,24 @@ def test_a_resume_in_another_order_is_refused_with_the_one_to_use(name, value):
     state = NumberData(batch_size=4, seed=1).state_dict()
     with pytest.raises(ValueError, match=rf"{name}={state[name]}, the config says {value}; resume with {name}"):
         NumberData(**{"batch_size": 4, "seed": 1, name: value}).load_state_dict(state)
+
+
+def test_a_resume_with_groups_of_another_size_is_refused_with_the_one_to_use():
+    state = stored(GroupedNumberData(batch_size=4).state_dict())
+    with pytest.raises(ValueError, match=r"in batches of 4, the config's batch_size is 6; resume with batch_size 4"):
+        GroupedNumberData(batch_size=6).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (NumberData, GroupedNumberData, "rows are not grouped by length, the config's are so; resume as they were"),
+        (GroupedNumberData, NumberData, "rows are grouped by length, the config's are not; resume as they were"),
+    ],
+)
+def test_a_resume_that_begins_or_ends_to_group_rows_is_refused(before, after, message):
+    with pytest.raises(ValueError, match=message):
+        after(batch_size=4).load_state_dict(stored(before(batch_size=4).state_dict()))
 
 
 def test_a_resume_on_other_data_is_refused_with_both_fingerprints():

@@ -10,21 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from mhe_lightning.attention import GQA, MHA, MHE, MQA, SHA, SKV, ELAttention
+from attention.oracle import VARIANTS
+from mhe_lightning.attention import MHA
 from mhe_lightning.distributed import parallelize
 from mhe_lightning.models import Decoder
 
-FACTORIES = {
-    "mha": MHA,
-    "sha": SHA,
-    "mhe_add": partial(MHE, combine="add"),
-    "mhe_multiply": partial(MHE, combine="multiply"),
-    "mqa": MQA,
-    "gqa2": partial(GQA, n_kv_heads=2),
-    "skv": SKV,
-    "el": ELAttention,
-}
-every_attention = pytest.mark.parametrize("name", FACTORIES)
+every_attention = pytest.mark.parametrize("name", VARIANTS)
 VOCABULARY, LENGTH = 23, 16
 
 
@@ -32,7 +23,7 @@ def decoder(name="mhe_add", *, dtype=torch.float32, seed=0, **kwargs) -> Decoder
     """A small decoder whose numbers, biases and norms included, are of size one."""
     torch.manual_seed(seed)
     settings = {"width": 16, "n_heads": 4, "n_layers": 2, "max_length": LENGTH, "dropout": 0.0, **kwargs}
-    net = Decoder(VOCABULARY, FACTORIES[name], **settings).to(dtype)
+    net = Decoder(VOCABULARY, VARIANTS[name].build, **settings).to(dtype)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(std=0.5)
@@ -174,7 +165,7 @@ def test_gpt2_base_has_as_many_parameters_as_gpt2():
 def test_initial_numbers(name):
     torch.manual_seed(0)
     L = 3
-    net = Decoder(2000, FACTORIES[name], width=128, n_heads=8, n_layers=L, max_length=1000)
+    net = Decoder(2000, VARIANTS[name].build, width=128, n_heads=8, n_layers=L, max_length=1000)
     residual = {f"blocks.{i}.{w}.weight" for i in range(L) for w in ("attention.w_o", "feed_forward.w_2")}
     seen = set()
     for key, parameter in net.named_parameters():
@@ -195,7 +186,7 @@ def test_initial_numbers(name):
 
 
 def test_layers_start_different():
-    net = Decoder(VOCABULARY, FACTORIES["mhe_add"], width=16, n_heads=4, n_layers=2, max_length=LENGTH)
+    net = Decoder(VOCABULARY, VARIANTS["mhe_add"].build, width=16, n_heads=4, n_layers=2, max_length=LENGTH)
     first, second = net.blocks
     assert first.attention is not second.attention
     for key, parameter in first.named_parameters():
@@ -232,7 +223,7 @@ def test_a_state_dict_restores_the_net(name):
 def test_recomputed_activations_give_the_same_loss_and_gradients_to_the_bit(name):
     results = []
     for recompute in (False, True):
-        factory = partial(FACTORIES[name], dropout=0.2)
+        factory = partial(VARIANTS[name].build, dropout=0.2)
         torch.manual_seed(0)
         net = Decoder(VOCABULARY, factory, width=16, n_heads=4, n_layers=2, max_length=LENGTH, dropout=0.2)
         parallelize(net, activation_checkpointing=recompute)

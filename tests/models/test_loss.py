@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mhe_lightning.models.loss import IGNORE, linear_cross_entropy, token_cross_entropy
+from mhe_lightning.models.loss import IGNORE, linear_cross_entropy, token_cross_entropy, token_scores
 
 
 def problem(batch=2, length=9, width=5, vocabulary=11, *, ignored=0.3, bias=False, dtype=torch.float64, seed=0):
@@ -205,6 +205,26 @@ def test_token_losses_sum_to_the_loss():
         rtol=1e-12,
         atol=1e-12,
     )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 512])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("ignored", [0.0, 0.3, 2.0])
+def test_token_scores_are_the_losses_and_whether_each_target_is_the_likeliest(chunk_size, bias, ignored):
+    hidden, weight, b, targets = problem(bias=bias, ignored=ignored)
+    likeliest = F.linear(hidden, weight, b).argmax(-1)
+    targets[:, ::2] = torch.where(targets == IGNORE, IGNORE, likeliest)[:, ::2]
+    losses, hits = token_scores(hidden, weight, targets, bias=b, chunk_size=chunk_size)
+    assert torch.equal(losses, token_cross_entropy(hidden, weight, targets, bias=b, chunk_size=chunk_size))
+    assert torch.equal(hits, likeliest == targets)
+    assert not hits[targets == IGNORE].any()
+    assert bool(hits.any()) == (ignored < 1)
+
+
+def test_token_scores_of_nothing_are_nothing():
+    hidden, weight, b, targets = problem(bias=True)
+    losses, hits = token_scores(hidden[:0], weight, targets[:0], bias=b)
+    assert losses.shape == hits.shape == (0, *targets.shape[1:])
 
 
 @pytest.mark.parametrize(
