@@ -35,7 +35,7 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
     """
     checkpoint = read_checkpoint(path)
     differences = [
-        f"{key.replace('init_args.', '')} is {theirs} there and {ours} here"
+        f"model.net.{key.replace('init_args.', '')} is {theirs} there and {ours} here"
         for key, theirs, ours in run.differences(config_of(checkpoint)["model"]["init_args"]["net"], dict(net_spec))
         if key.rpartition(".")[2] not in WITHOUT_WEIGHTS
     ]
@@ -46,7 +46,7 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
             "take the checkpoint's)"
         )
     if differences:
-        raise ValueError(f"{path} does not fit this config: model.net." + "; ".join(differences))
+        raise ValueError(f"{path} does not fit this config: " + "; ".join(differences))
     weights = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
     if _has_the_head_of(task, checkpoint):
         weights.update({k: v for k, v in checkpoint["state_dict"].items() if k.startswith("head.")})
@@ -68,7 +68,7 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
     )
 
 
-def _has_the_head_of(task: nn.Module, checkpoint: Mapping[str, Any]) -> bool:
+def _has_the_head_of(task: nn.Module, checkpoint: dict[str, Any]) -> bool:
     """Whether the task is of the checkpoint's class and its head of the same shapes: pretraining that goes on."""
     theirs = {k: v.shape for k, v in checkpoint["state_dict"].items() if k.startswith("head.")}
     ours = {k: v.shape for k, v in task.state_dict().items() if k.startswith("head.")}

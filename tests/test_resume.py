@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
 from conftest import logged, prepare
+from hub_fixtures import write_glue
 from mhe_lightning.checkpoint import newest_checkpoint, read_checkpoint
+from mhe_lightning.data import verify_certificate
 from processes import run
 
 distributed = pytest.mark.distributed
@@ -38,12 +42,57 @@ def test_losses_after_a_kill_equal_the_uninterrupted_runs(
         },
     )
     prepare(yaml.safe_load(path.read_text()))
+    kill = killed_in_step * accumulate - 1
+
+    data = resumed_equals_uninterrupted(path, tmp_path, ranks=ranks, micro_batch=kill)
+
+    assert list(logged(tmp_path / "runs" / "whole", "train/loss")) == list(range(log_every, 13, log_every))
+    assert data["consumed"] > data["n_rows"], "the run must go over an epoch's border"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_masked_language_models_resume_bit_for_bit(workers, tiny_config, tmp_path):
+    path = tiny_config(data={"num_workers": workers, "batch_size": 48}, trainer={"max_steps": 12})
+    config = yaml.safe_load(path.read_text())
+    as_encoder(config, "MaskedLanguageModeling")
+    config["data"]["class_path"] = "mhe_lightning.data.MaskedLanguageModelingData"
+    config["data"]["init_args"]["corpus"]["tokenizer"] = "wordpiece"
+    path.write_text(yaml.safe_dump(config))
+
+    data = resumed_equals_uninterrupted(path, tmp_path, ranks=1, micro_batch=6)
+
+    assert data["consumed"] > data["n_rows"], "rows must be masked afresh in the second epoch"
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=distributed)])
+def test_finetuning_on_batches_of_similar_length_resumes_bit_for_bit(ranks, tiny_config, tmp_path):
+    path = tiny_config(trainer={"max_steps": 12, "devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"})
+    config = yaml.safe_load(path.read_text())
+    as_encoder(config, "SequenceClassification")
+    glue = {"task": "mrpc", "path": str(write_glue(tmp_path / "glue")), "tokenizer": "wordpiece", "tokenizer_size": 300}
+    settings = {"max_length": 16, "batch_size": 8, "cache_dir": str(tmp_path / "prepared")}
+    config["data"] = {"class_path": "mhe_lightning.data.GlueData", "init_args": {**glue, **settings}}
+    path.write_text(yaml.safe_dump(config))
+    assert run(["prepare", "--config", str(path)]) == [0]
+
+    data = resumed_equals_uninterrupted(path, tmp_path, ranks=ranks, micro_batch=6)
+
+    assert data["lengths"] is not None
+    assert verify_certificate(data) == 12 * 8
+    assert data["consumed"] > data["n_rows"], "the run must go over an epoch's border"
+
+
+def as_encoder(config: dict, task: str) -> None:
+    """Make the tiny decoder's config one of an encoder with another task."""
+    config["model"]["class_path"] = f"mhe_lightning.tasks.{task}"
+    config["model"]["init_args"]["net"]["class_path"] = "mhe_lightning.models.Encoder"
+
+
+def resumed_equals_uninterrupted(path: Path, tmp_path: Path, *, ranks: int, micro_batch: int) -> dict:
+    """Compare a run with one that is killed and goes on; the data module's state at the end."""
     fit = ["fit", "--config", str(path)]
     log = tmp_path / "log"
-    kill = [
-        "--trainer.callbacks+=processes.KillAt",
-        f"--trainer.callbacks.micro_batch={killed_in_step * accumulate - 1}",
-    ]
+    kill = ["--trainer.callbacks+=processes.KillAt", f"--trainer.callbacks.micro_batch={micro_batch}"]
 
     assert run([*fit, "--name", "whole"], ranks=ranks, log=log) == [0] * ranks, log.read_text()
     killed = run([*fit, "--name", "killed", *kill], ranks=ranks, log=log)
@@ -52,8 +101,7 @@ def test_losses_after_a_kill_equal_the_uninterrupted_runs(
 
     runs = tmp_path / "runs"
     for column in ("train/loss", "val/loss", "tokens_seen", "lr"):
+        assert logged(runs / "whole", column)
         assert logged(runs / "killed", column) == logged(runs / "whole", column)
-    assert list(logged(runs / "whole", "train/loss")) == list(range(log_every, 13, log_every))
     checkpoint = read_checkpoint(newest_checkpoint(runs / "whole" / "checkpoints"))
-    data = checkpoint["LanguageModelingData"]
-    assert data["consumed"] > data["n_rows"], "the run must go over an epoch's border"
+    return next(state for state in checkpoint.values() if isinstance(state, dict) and "consumed" in state)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -207,6 +208,8 @@ class ExactDataModule(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # a model may be evaluated on other data than it was trained on
         if state_dict["fingerprint"] != self.fingerprint():
             raise ValueError(
                 f"the checkpoint was trained on data {state_dict['fingerprint']}, but these are "

@@ -313,7 +313,8 @@ class FinetuningData(ExactDataModule):
     def row_lengths(self) -> np.ndarray | None:
         if not (self.group_by_length and self.shuffle):
             return None
-        return np.array(self.table("train")["length"])
+        lengths: np.ndarray = self.table("train")["length"].to_numpy().copy()  # what is mapped is read-only
+        return lengths
 
     def evaluation_rows(self, split: str, n_rows: int) -> Sequence[int]:
         # the longest first: what does not fit into memory fails at once
@@ -325,7 +326,7 @@ class FinetuningData(ExactDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Where the data come from and how much there is, for the run's record."""
-        return {
+        facts = {
             "path": self.path,
             "subset": self.subset,
             "label": self.label,
@@ -333,8 +334,10 @@ class FinetuningData(ExactDataModule):
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,
             "splits": self.manifest["splits"],
-            "epochs": round(self.consumed / self._order().n_rows, 4),
         }
+        if "train" in self.manifest["splits"]:  # diagnostics have none
+            facts["epochs"] = round(self.consumed / self._order().n_rows, 4)
+        return facts
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tokenizer": None, "_tables": {}}

@@ -27,11 +27,12 @@ class TokenSequence(NamedTuple):
     def token_span(self, text: int, start: int, end: int) -> tuple[int, int] | None:
         """The tokens [first, last + 1) that hold characters [start, end) of the first (0) or second (1) text.
 
-        None if a token that holds some of them was cut off.
+        None if no token holds any of them, or one that does was cut off.
         """
         tokens = range(self.boundary) if text == 0 else range(self.boundary, len(self.tokens))
         inside = [i for i in tokens if self.offsets[i][0] < end and self.offsets[i][1] > start]
-        if not inside or self.offsets[inside[-1]][1] < end:
+        # in an uncut text, the last characters may be in no token, such as a combining accent
+        if not inside or (self.truncated and self.offsets[inside[-1]][1] < end):
             return None
         return inside[0], inside[-1] + 1
 

@@ -12,7 +12,7 @@ import sys
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, TypeVar
 
 import numpy as np
 import pyarrow
@@ -25,6 +25,7 @@ from mhe_lightning.data.finetuning import Example, FinetuningData, Row, pad
 from mhe_lightning.data.sequences import SequenceFormat
 
 Version = Literal["v1", "v2"]
+T = TypeVar("T")
 
 HUB_NAMES = {"v1": "rajpurkar/squad", "v2": "rajpurkar/squad_v2"}
 SPLITS = {"train": "train", "validation": "validation", "test": "validation"}
@@ -214,8 +215,9 @@ class SquadData(FinetuningData):
         answers = row["answers"]
         if answers is None and split != "train":
             return None, None
-        texts = answers.get("text") if isinstance(answers, Mapping) else None
-        starts = answers.get("answer_start") if isinstance(answers, Mapping) else None
+        texts, starts = (
+            (answers.get("text"), answers.get("answer_start")) if isinstance(answers, Mapping) else (None, None)
+        )
         if not _is_list_of(texts, str) or not _is_list_of(starts, int):
             raise ValueError(
                 f"{name}: answers ({answers!r}) must have text, a list of texts, and answer_start, a list of "
@@ -343,9 +345,9 @@ def _characters(encoding: Encoding, context: str) -> np.ndarray:
     Accents that are characters of their own, which a normalizer may drop, belong to the token before them.
     """
     offsets = encoding.offsets
-    nexts = [start for start, _ in offsets[1:]] + [len(context)]
     found = []
-    for (start, end), limit in zip(offsets, nexts, strict=True):
+    for i, (start, end) in enumerate(offsets):
+        limit = offsets[i + 1][0] if i + 1 < len(offsets) else len(context)
         while end < limit and unicodedata.combining(context[end]):
             end += 1
         while start < end and context[start].isspace():
@@ -362,5 +364,5 @@ def _tokens_at(offsets: np.ndarray, start: int, end: int) -> tuple[int, int] | N
     return (int(inside[0]), int(inside[-1])) if len(inside) else None
 
 
-def _is_list_of(values: Any, kind: type) -> bool:
+def _is_list_of(values: Any, kind: type[T]) -> TypeGuard[list[T]]:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mhe_lightning.data.classification import ClassificationData, TaskSpec, official_id, text_of, texts_in
@@ -151,7 +151,7 @@ def _wic(row: Row, name: str, form: SequenceFormat) -> Example:
     texts = text_of(row, "sentence1", name), text_of(row, "sentence2", name)
     (pair,) = form.pairs([texts])
     characters = [(0, row["start1"], row["end1"]), (1, row["start2"], row["end2"])]
-    return {"pairs": [pair], "id": official_id(row), "spans": _token_spans(pair, characters, name)}
+    return {"pairs": [pair], "id": official_id(row), "spans": _token_spans(pair, texts, characters, name)}
 
 
 def _wsc(row: Row, name: str, form: SequenceFormat) -> Example:
@@ -167,13 +167,15 @@ def _wsc(row: Row, name: str, form: SequenceFormat) -> Example:
                 "remove the row"
             )
         characters.append((0, words[first][0], words[first + length - 1][1]))
-    return {"pairs": [pair], "id": official_id(row), "spans": _token_spans(pair, characters, name)}
+    return {"pairs": [pair], "id": official_id(row), "spans": _token_spans(pair, (text,), characters, name)}
 
 
-def _token_spans(pair: TokenSequence, characters: list[tuple[int, int, int]], name: str) -> list[int]:
+def _token_spans(
+    pair: TokenSequence, texts: Sequence[str], characters: list[tuple[int, int, int]], name: str
+) -> list[int]:
     spans: list[int] = []
     for text, start, end in characters:
-        found = pair.token_span(text, start, end)
+        found = pair.token_span(text, start, end) if 0 <= start < end <= len(texts[text]) else None
         if found is None:
             raise ValueError(
                 f"{name}: characters {start} to {end}, which the label is about, lie outside of the text or were cut "

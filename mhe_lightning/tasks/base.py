@@ -31,7 +31,8 @@ class Task(LightningModule):
         lr: peak learning rate.
         schedule: how the learning rate falls after the warm-up: "cosine" or "linear" to ``final_lr_ratio`` at
             ``max_steps``, "inverse_sqrt" (1/√step), or "constant".
-        warmup_steps: steps over which the learning rate rises linearly from 0.
+        warmup_steps: steps over which the learning rate rises linearly from 0; a number below 1 is a share of
+            ``max_steps``.
         final_lr_ratio: the last learning rate as a fraction of ``lr`` (cosine and linear).
         betas: AdamW's decay rates of the gradient's mean and square.
         eps: AdamW's ε.
@@ -50,7 +51,7 @@ class Task(LightningModule):
         max_steps: int,
         lr: float = 1e-3,
         schedule: Schedule = "cosine",
-        warmup_steps: int = 0,
+        warmup_steps: int | float = 0,
         final_lr_ratio: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -68,8 +69,12 @@ class Task(LightningModule):
             raise ValueError(
                 f"schedule {schedule!r} needs to know its end: set --trainer.max_steps (now {max_steps}) to at least 1"
             )
+        if 0 < warmup_steps < 1:
+            warmup_steps = round(warmup_steps * max_steps)
+        elif warmup_steps != int(warmup_steps):
+            raise ValueError(f"warmup_steps ({warmup_steps}) must be a number of steps, or a share of them below 1")
         self.learning_rate = learning_rate_schedule(
-            schedule, max_steps=max_steps, warmup_steps=warmup_steps, final_ratio=final_lr_ratio
+            schedule, max_steps=max_steps, warmup_steps=int(warmup_steps), final_ratio=final_lr_ratio
         )
         self.net = net
         self.lr = lr
@@ -104,7 +109,9 @@ class Task(LightningModule):
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
-            decays = id(parameter) in matrices or any(fnmatchcase(name, p) for p in self.decay_also)
+            decays = id(parameter) in matrices or any(
+                fnmatchcase(name.removeprefix("net."), p) for p in self.decay_also
+            )
             (decayed if decays else others).append(parameter)
         return decayed, others
 

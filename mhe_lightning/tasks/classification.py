@@ -65,6 +65,9 @@ class SequenceClassification(Task):
             raise ValueError("SequenceClassification needs labelled data, such as GlueData or SuperGlueData")
         if pooling == "first" and net.causal:
             raise ValueError("pooling 'first': a decoder's first token sees no other; set model.pooling to 'last'")
+        output = getattr(net, "head", None)
+        if output is not None and output.weight is not net.token_embedding.weight:  # type: ignore[union-attr]
+            output.requires_grad_(False)  # a decoder's output projection has no part in this
         self.problem = problem
         self.n_labels = n_labels
         self.metrics = tuple(metrics)

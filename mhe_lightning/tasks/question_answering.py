@@ -93,7 +93,8 @@ class ExtractiveQuestionAnswering(Task):
         return start, end
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses = _losses(*self(batch), batch)
+        start, end = self(batch)
+        losses = _losses(start, end, batch)
         return self.accumulate(losses.sum(), *torch.tensor([len(losses), tokens_read(batch)], device=losses.device))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -113,7 +114,8 @@ class ExtractiveQuestionAnswering(Task):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Row]:
         """For every window its number, its question, the best answers, and the score of none."""
-        return self._candidates(*self(batch), batch)
+        start, end = self(batch)
+        return self._candidates(start, end, batch)
 
     def merge_predictions(self, rows: list[Row]) -> list[Row]:
         """A row per question: its id, the answer, and the best answers with their probabilities among each other.
@@ -159,7 +161,7 @@ class ExtractiveQuestionAnswering(Task):
 
     def _prediction(self, id: str, windows: list[Row]) -> Row:
         answered, spans, null_score = self._answered(id, windows)
-        best = [{"text": s.text, "start": s.start, "end": s.end, "score": s.score} for s in spans]
+        best: list[Row] = [{"text": s.text, "start": s.start, "end": s.end, "score": s.score} for s in spans]
         row: Row = {"id": id, "prediction_text": answered.text}
         if self.unanswerable:
             if answered.null_odds > self.null_threshold:

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -122,7 +123,9 @@ class TrainCLI(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.init_args.net.init_args.vocab_size", apply_on="instantiate")
         # of finetuning; skipped where a task has no such argument
         for name in ("problem", "n_labels", "n_spans", "metrics", "unanswerable"):
-            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+            # not "data.<name>": where it is missing, jsonargparse prints the data module, which makes its loaders
+            take = partial(_attribute, name=name)
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=take, apply_on="instantiate")
         parser.link_arguments("trainer.max_steps", "model.init_args.max_steps")
         parser.link_arguments("seed_everything", "data.init_args.seed")
 
@@ -164,7 +167,7 @@ class TrainCLI(LightningCLI):
             return
         old = config_of(read_checkpoint(Path(options.ckpt_path)))
         new = yaml.safe_load(self._config_text())
-        for key in ("config", "ckpt_path", "name", "init_from"):
+        for key in ("config", "ckpt_path", "name", "init_from", "verbose"):
             old.pop(key, None)
             new.pop(key, None)
         for key, before, after in run.differences(old, new):
@@ -309,6 +312,10 @@ def _check_trainer(options: Namespace) -> None:
     if any(wrong.values()):
         names = ", ".join(f"trainer.{name}" for name, is_wrong in wrong.items() if is_wrong)
         raise UserError(f"{names}: training rows are one endless stream; end it with --trainer.max_steps instead")
+
+
+def _attribute(data: LightningDataModule, name: str) -> Any:
+    return getattr(data, name, None)
 
 
 def _tokenizer_sha256(data: LightningDataModule | None) -> str | None:

@@ -42,6 +42,48 @@ def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0.0, atol=1e-10)
 
 
+# Positions that are wanted
+
+
+@every_attention
+@pytest.mark.parametrize("recompute", [False, True])
+def test_positions_that_are_kept_have_the_states_and_gradients_that_all_have(name, recompute):
+    kept = torch.tensor([1, 5, 16, 31])
+    results = []
+    for only in (None, kept):
+        net, tokens = encoder(name).train(), draw(2, LENGTH)
+        net.checkpoint_activations = recompute
+        hidden = net(tokens, kept=only)
+        hidden = hidden if only is not None else hidden.flatten(0, 1)[kept]
+        assert hidden.shape == (4, 16)
+        hidden.square().sum().backward()
+        results.append((hidden, *(p.grad for p in net.parameters())))
+    for actual, expected in zip(*results, strict=True):
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_a_block_gives_the_positions_that_are_kept(norm_first):
+    feed_forward = FeedForward(width=16, hidden=32, activation="gelu")
+    settings = {"width": 16, "dropout": 0.0, "norm_eps": 1e-5, "norm_first": norm_first}
+    block = Block(attention=MHA(width=16, n_heads=4), feed_forward=feed_forward, **settings).double()
+    x, kept = torch.randn(2, 5, 16, dtype=torch.float64), torch.tensor([0, 7])
+    assert_same(block(x, kept=kept), block(x).flatten(0, 1)[kept])
+
+
+# What positions begin as
+
+
+def test_sinusoidal_positions_begin_as_sinusoids_of_the_deviation_of_the_embeddings():
+    torch.manual_seed(0)
+    net = Encoder(VOCABULARY, MHA, width=64, n_heads=4, n_layers=1, position_init="sinusoidal", init_std=0.05)
+    positions = net.position_embedding.weight.detach()
+    half = positions[:, ::2].double()  # the sines; sin²+cos² is the same everywhere
+    torch.testing.assert_close(half[1, 0] / (0.05 * 2**0.5), torch.tensor(1.0).double().sin())
+    torch.testing.assert_close(positions.norm(dim=1), torch.full((512,), 0.05 * 64**0.5))
+    assert net.position_embedding.weight.requires_grad
+
+
 # What a position sees
 
 
@@ -312,6 +354,8 @@ def test_too_long_a_sequence_is_refused_with_both_lengths():
         ({"n_heads": 5}, r"n_heads \(5\)"),
         ({"ff_width": 0}, r"feed-forward width \(0\)"),
         ({"activation": "swish"}, "activation"),
+        ({"init_std": 0.0}, r"init_std \(0.0\)"),
+        ({"position_init": "random"}, r"position_init \('random'\)"),
     ],
     ids=str,
 )

@@ -103,6 +103,11 @@ def test_every_schedule_stays_in_range_rises_in_the_warm_up_and_never_after(
         assert after[-1] == rates[max_steps - 1]
 
 
+def test_a_warm_up_below_one_is_a_share_of_the_steps():
+    share, steps = task(max_steps=40, warmup_steps=0.1), task(max_steps=40, warmup_steps=4)
+    assert [share.learning_rate(s) for s in range(40)] == [steps.learning_rate(s) for s in range(40)]
+
+
 def test_each_step_is_taken_at_its_rate():
     class Rates(Callback):
         def __init__(self) -> None:
@@ -224,6 +229,7 @@ def test_a_schedule_without_end_does_not(schedule):
         ({"lr": -1.0}, r"lr \(-1.0\)"),
         ({"weight_decay": -0.1}, r"weight_decay \(-0.1\)"),
         ({"warmup_steps": -1}, r"warmup_steps \(-1\)"),
+        ({"warmup_steps": 1.5}, r"warmup_steps \(1.5\)"),
         ({"final_lr_ratio": 1.5}, r"final_lr_ratio \(1.5\)"),
         ({"schedule": "step"}, r"schedule \('step'\)"),
     ],

@@ -1,0 +1,62 @@
+"""What pretraining is worth: the table of finetuned runs with and without it, from their run directories.
+
+    python benchmarks/encoder_table.py runs/finetuned/*
+
+Prints Markdown: a row per task with the mean score over seeds at the end of training (no checkpoint is chosen on the
+split that is scored), its 95 % interval by Student's t, and that of the difference paired by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import yaml
+
+from mhe_lightning.callbacks.run_record import CONFIG, RESULTS
+
+STUDENT_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""97.5 % quantiles of Student's t by degrees of freedom."""
+
+KEY = {"glue-sst2": "val/accuracy", "glue-qnli": "val/accuracy", "glue-cola": "val/matthews", "squad-v1": "val/f1"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    options = parser.parse_args()
+    scores: dict[str, dict[bool, dict[int, float]]] = defaultdict(lambda: {True: {}, False: {}})
+    for run in options.runs:
+        results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+        config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+        label = results["data"]["label"]
+        value = results["metrics"][KEY[label]] * (1 if label.startswith("squad") else 100)
+        own = scores[label][config["init_from"] is not None]
+        if results["seed"] in own:
+            raise SystemExit(f"{run}: a second run of {label} with seed {results['seed']}")
+        own[results["seed"]] = value
+    print("| task | score | seeds | at random | pretrained | difference |")
+    print("|---|---|--:|--:|--:|--:|")
+    for label, by_start in scores.items():
+        seeds = sorted(by_start[True].keys() & by_start[False].keys())
+        without, with_ = ([by_start[start][seed] for seed in seeds] for start in (False, True))
+        differences = [b - a for a, b in zip(without, with_, strict=True)]
+        cells = [label, KEY[label].removeprefix("val/"), str(len(seeds))]
+        print(f"| {' | '.join([*cells, interval(without), interval(with_), interval(differences, sign='+')])} |")
+
+
+def interval(values: list[float], sign: str = "") -> str:
+    """Mean ± half the 95 % interval."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:{sign}.1f}"
+    half = STUDENT_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean:{sign}.1f} ± {half:.1f}"
+
+
+if __name__ == "__main__":
+    main()
