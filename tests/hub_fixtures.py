@@ -241,9 +241,7 @@ def _write(folder: Path, tasks: dict[str, dict[str, Any]]) -> Path:
         for split, kind in kinds.items():
             draw = random.Random(f"{name} {split}")
             size = task.get("size", SIZES[kind])
-            rows[split] = [
-                task["make"](draw, i, None if kind == "test" else i % task["n_labels"]) for i in range(size)
-            ]
+            rows[split] = [task["make"](draw, i, None if kind == "test" else i % task["n_labels"]) for i in range(size)]
         write_task(folder, name, rows, task["features"])
         written[name] = list(rows)
     write_readme(folder, written)

@@ -9,9 +9,10 @@ import torch
 
 from attention.oracle import VARIANTS
 from mhe_lightning.accounting import parameters_by_part
-from mhe_lightning.models import Decoder
+from mhe_lightning.models import Decoder, Encoder
+from mhe_lightning.tasks import MaskedLanguageModeling, SequenceClassification
 
-PARTS = ("embeddings", "attention_qkv", "attention_output", "feed_forward", "norms", "other")
+PARTS = ("embeddings", "attention_qkv", "attention_output", "feed_forward", "norms", "head", "other")
 every_attention = pytest.mark.parametrize("name", VARIANTS)
 # heads n and head size d, of a small model and of BERT-base
 SIZES = [(4, 3), (12, 64)]
@@ -73,4 +74,29 @@ def test_the_other_parts(tied):
     assert counts["attention_output"] == L * (D**2 + D)
     assert counts["feed_forward"] == L * (20 * D + 20 + 20 * D + D)
     assert counts["norms"] == (2 * L + 1) * 2 * D
-    assert counts["other"] == (0 if tied else V * D)
+    assert counts["head"] == (0 if tied else V * D)
+    assert counts["other"] == 0
+
+
+def encoder() -> Encoder:
+    return Encoder(50, VARIANTS["mha"].build, width=12, n_heads=4, n_layers=2, max_length=16)
+
+
+def test_the_head_of_a_task_is_a_part_of_its_own():
+    D, net = 12, parameters_by_part(encoder())
+    settings = {"problem": "classes", "metrics": ["accuracy"]}
+    task = SequenceClassification(encoder(), max_steps=1, n_labels=3, n_spans=2, **settings)
+    counts = parameters_by_part(task)
+    assert counts["head"] == (3 * D * D + D) + (3 * D + 3)
+    assert {**counts, "head": 0} == {
+        **net,
+        "total": net["total"] + counts["head"],
+        "without_embeddings": net["without_embeddings"] + counts["head"],
+    }
+
+
+def test_the_head_of_masked_tokens_has_no_embeddings_of_its_own():
+    D, V = 12, 50
+    counts = parameters_by_part(MaskedLanguageModeling(encoder(), max_steps=1))
+    assert counts["head"] == (D * D + D) + 2 * D + V
+    assert counts["embeddings"] == parameters_by_part(encoder())["embeddings"]

@@ -12,7 +12,6 @@ from conftest import ROOT, logged
 from mhe_lightning.checkpoint import config_of, newest_checkpoint, read_checkpoint
 from processes import run
 
-
 WRONG = {
     "unknown verb": (["fitt"], "fitt"),
     "no such config": (["fit", "--config", "nope.yaml"], "nope.yaml"),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
-from mhe_lightning.data import LanguageModelingData
+from mhe_lightning.data.finetuning import FinetuningData
+from mhe_lightning.data.language_modeling import CorpusData
 from mhe_lightning.tasks import Task
 from mhe_lightning.verbs.parsing import Parser
 from mhe_lightning.verbs.train import TrainCLI
@@ -36,7 +37,8 @@ class BuildOnly(TrainCLI):
 def without_data(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     vocab_size = property(lambda self: self.spec.tokenizer_size)
-    monkeypatch.setattr(LanguageModelingData, "vocab_size", vocab_size)
+    monkeypatch.setattr(CorpusData, "vocab_size", vocab_size)
+    monkeypatch.setattr(FinetuningData, "vocab_size", property(lambda self: self.tokenizer_size))
 
 
 @pytest.mark.parametrize("path", configs(".", "experiment"))
@@ -47,7 +49,8 @@ def test_experiment_builds(path, without_data):
     assert isinstance(cli.model, Task)
     assert isinstance(cli.trainer, Trainer)
     assert cli.model.net.vocab_size == cli.datamodule.vocab_size
-    assert cli.datamodule.block_length <= cli.model.net.max_length
+    length = "max_length" if isinstance(cli.datamodule, FinetuningData) else "block_length"
+    assert 0 < getattr(cli.datamodule, length) <= cli.model.net.max_length
     assert cli.trainer.max_steps > 0
     assert cli._config_text()  # what a run saves
 
@@ -63,13 +66,27 @@ def test_every_attention_overlays_an_experiment(attention, without_data):
     assert {type(layer).__name__ for layer in layers} == {_class_named_in(attention)}
 
 
+LINKED = {
+    "SequenceClassification": [
+        "--piece.problem=classes",
+        "--piece.n_labels=2",
+        "--piece.n_spans=0",
+        "--piece.metrics=[f1]",
+    ],
+    "ExtractiveQuestionAnswering": ["--piece.unanswerable=true"],
+}
+"""What a run's data say to its task."""
+
+
 @pytest.mark.parametrize("path", configs("model", "data"))
 def test_piece_is_accepted(path, without_data):
     base = LightningModule if path.parent.name == "model" else LightningDataModule
     parser = Parser()
     parser.add_subclass_arguments(base, "piece", skip={"init_args.net.init_args.vocab_size"})
     text = path.read_text(encoding="utf-8")
-    extra = ["--piece.seed=0"] if base is LightningDataModule else ["--piece.max_steps=1", "--piece.net.vocab_size=8"]
+    extra = ["--piece.seed=0"]
+    if base is LightningModule:
+        extra = ["--piece.max_steps=1", "--piece.net.vocab_size=8", *LINKED.get(_class_named_in(path), [])]
 
     parsed = parser.parse_args([f"--piece={path}", *extra])
 

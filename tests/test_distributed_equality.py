@@ -112,3 +112,42 @@ def assert_certificate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert checkpoint["global_step"] == 12
     segments = checkpoint["LanguageModelingData"]["segments"]
     assert [(s["world_size"], s["start"], s["stop"]) for s in segments] == [(2, 0, 288), (1, 288, 576)]
+
+
+SETS = [
+    pytest.param("glue", "rte", id="classes"),
+    pytest.param("glue", "stsb", id="value"),
+    pytest.param("super_glue", "copa", id="choice"),
+    pytest.param("glue", "mnli", id="parts"),
+]
+
+
+@pytest.mark.parametrize(("benchmark", "task"), SETS)
+def test_two_processes_score_labelled_examples_as_one_does(benchmark, task, tiny_classifier, tmp_path):
+    split = "validation_matched+validation_mismatched" if task == "mnli" else "validation"
+    # with BERT's small numbers a net so narrow gives all examples nearly the same value, and rounding would correlate
+    net, data = {"init_std": 0.5}, {"eval_batch_size": 4, "splits": {"test": split}}
+    path = str(tiny_classifier(benchmark, task, net=net, data=data))
+    folder, log = tmp_path / "runs" / task, tmp_path / "log"
+    assert run(["fit", "--config", path], log=log) == [0], log.read_text()
+
+    found = []
+    for ranks, options in ((1, []), (2, ON_TWO)):
+        for verb in ("validate", "predict"):
+            codes = run([verb, "--config", path, "--ckpt_path", "auto", *options], ranks=ranks, log=log)
+            assert codes == [0] * ranks, log.read_text()
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        found.append((results["evaluations"]["validate"]["metrics"], predictions(folder)))
+        (folder / "predictions.jsonl").unlink()
+
+    (one, by_one), (two, by_two) = found
+    assert [row["row"] for row in by_two] == list(range(14 if task == "mnli" else 7))
+    assert ("val/mismatched/accuracy" in one) == (task == "mnli")
+    assert set(one) == set(two)
+    for name, value in one.items():
+        discrete = task != "stsb" and name != "val/loss"
+        assert two[name] == (value if discrete else pytest.approx(value, rel=1e-6, abs=1e-6))
+    numbers = {"scores"} | ({"prediction"} if task == "stsb" else set())
+    for a, b in zip(by_one, by_two, strict=True):
+        assert {k: v for k, v in a.items() if k not in numbers} == {k: v for k, v in b.items() if k not in numbers}
+        assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)

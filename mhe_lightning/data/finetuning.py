@@ -196,16 +196,16 @@ class FinetuningData(ExactDataModule):
             wanted = theirs.split("+")
             found = [name for name in wanted if name in present]
             missing = [name for name in wanted if name not in present]
-            if missing and (split == "train" or (split == "validation" and not found)):
-                raise ValueError(
-                    f"{self.source.name} has no split {missing[0]!r}; set data.splits.{split} to one of "
-                    f"{', '.join(present)}"
-                )
-            if missing and found:
+            if missing:  # what is only evaluated needs no training split; what does need one says so
                 print(f"prepare: {self.label} has no split {', '.join(missing)} here; left out", file=sys.stderr)
             if found:
                 file = folder / f"{split}.arrow"
                 entries[split] = {**self._write(file, split, found, form), "source": found, "sha256": sha256(file)}
+        if not entries:
+            raise ValueError(
+                f"{self.source.name} has none of the splits {', '.join(self.splits.values())}; set data.splits to some "
+                f"of {', '.join(present)}"
+            )
         manifest = {
             "format_version": FORMAT_VERSION,
             "label": self.label,
@@ -219,12 +219,13 @@ class FinetuningData(ExactDataModule):
         spec = cast(str, self.tokenizer_spec)
         if spec not in KINDS:
             return load_tokenizer(spec)
-        if "train" not in self.splits:
+        names = [name for name in self.splits.get("train", "").split("+") if name in self.source.splits()]
+        if not names:
             raise ValueError(
-                f"data.tokenizer is {spec!r}, but {self.label} has no training split to train one on; give the path of "
-                "a tokenizer.json"
+                f"{self.label} has no training split here to train a tokenizer ({spec}) on; set data.tokenizer to the "
+                "path of a tokenizer.json, or data.splits.train to one of " + ", ".join(self.source.splits())
             )
-        rows = (row for name in self.splits["train"].split("+") for _, row in self._rows("train", name))
+        rows = (row for name in names for _, row in self._rows("train", name))
         return train_tokenizer(
             (text for row in rows for text in self.texts(row)), cast(TokenizerKind, spec), self.tokenizer_size
         )

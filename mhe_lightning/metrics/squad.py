@@ -135,6 +135,7 @@ def best_spans(
     context: str,
     n_best: int = 20,
     max_answer_tokens: int = 30,
+    allowed_starts: Tensor | None = None,
 ) -> list[Span]:
     """The best answers within one window.
 
@@ -151,6 +152,7 @@ def best_spans(
         context: the text that answers are taken from.
         n_best: starts, ends, and spans returned.
         max_answer_tokens: of a span.
+        allowed_starts: (T,), bool, those of the allowed tokens that an answer may start with; all if not given.
 
     Returns:
         At most ``n_best`` spans in descending score, computed in float64.
@@ -167,15 +169,16 @@ def best_spans(
             f"start_logits, end_logits and allowed have the shapes {shapes} but must have ({len(offsets)},), one "
             "number for each of the offsets; pass one window without its padding"
         )
-    tokens = allowed.cpu().bool().nonzero().flatten()
-    starts, ends = start_logits.cpu().double()[tokens], end_logits.cpu().double()[tokens]
+    allowed_starts = allowed if allowed_starts is None else allowed & allowed_starts
+    first_tokens, last_tokens = (mask.cpu().bool().nonzero().flatten() for mask in (allowed_starts, allowed))
+    starts, ends = start_logits.cpu().double()[first_tokens], end_logits.cpu().double()[last_tokens]
     if not bool(starts.isfinite().all() and ends.isfinite().all()):
         raise ValueError("the logits of allowed tokens must be finite; the model has diverged")
     # in the order of tokens, so that the stable sort below breaks ties by them
     first = starts.argsort(descending=True, stable=True)[:n_best].sort().values
     last = ends.argsort(descending=True, stable=True)[:n_best].sort().values
     scores = starts[first, None] + ends[last]  # (starts, ends)
-    first, last = tokens[first], tokens[last]
+    first, last = first_tokens[first], last_tokens[last]
     characters = torch.tensor(offsets, dtype=torch.long).view(-1, 2)
     begin, stop = characters[first, 0], characters[last, 1]
     length = last - first[:, None] + 1

@@ -44,8 +44,8 @@ class Encoder(nn.Module):
         norm_eps: ε of the layer norms.
         init_std: standard deviation of matrices and embeddings at the start. BERT's 0.02 suits a width of 768; nets
             that are much narrower leave the first plateau sooner with one larger by √(768 / width).
-        position_init: "normal" (BERT's), or "sinusoidal": learned positions that begin as the sinusoids of Vaswani et al.
-            2017, with deviation ``init_std``, so that relative offsets need not be found from nothing.
+        position_init: "normal" (BERT's), or "sinusoidal": learned positions that begin as the sinusoids of Vaswani et
+            al. 2017, with deviation ``init_std``, so that relative offsets need not be found from nothing.
 
     Raises:
         ValueError: an argument is out of range.

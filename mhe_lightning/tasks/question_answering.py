@@ -20,8 +20,6 @@ Row = dict[str, Any]
 
 NULL = 0
 """The token that an absent answer is at, [CLS]."""
-NEVER = -1e30
-"""A logit below all others, yet finite."""
 
 
 class ExtractiveQuestionAnswering(Task):
@@ -132,14 +130,14 @@ class ExtractiveQuestionAnswering(Task):
         for i, (number, info) in enumerate(zip(batch["rows"].tolist(), batch["info"], strict=True)):
             own = slice(len(info["offsets"]))  # without padding
             spans = best_spans(
-                # starts come from fewer tokens than ends: the others are taken last, and left out
-                torch.where(allowed_starts[i, own], starts[i, own], NEVER),
+                starts[i, own],
                 ends[i, own],
                 allowed[i, own],
                 info["offsets"].tolist(),
                 info["context"],
                 n_best=self.n_best,
                 max_answer_tokens=self.max_answer_tokens,
+                allowed_starts=allowed_starts[i, own],
             )
             null_score = starts[i, NULL].double() + ends[i, NULL].double()
             rows.append(
@@ -147,7 +145,7 @@ class ExtractiveQuestionAnswering(Task):
                     "row": number,
                     "id": info["id"],
                     # tuples: Lightning looks for tensors in what is predicted, and refuses frozen dataclasses
-                    "spans": [(s.score, s.start, s.end, s.text) for s in spans if s.score > NEVER / 2],
+                    "spans": [(s.score, s.start, s.end, s.text) for s in spans],
                     "null_score": null_score.item(),
                 }
             )

@@ -153,6 +153,25 @@ def test_a_question_is_right_only_as_a_whole():
     assert METRICS["question_em"](rows[::2], 2) == 1.0
 
 
+# --- AX-g
+
+
+def test_gender_parity_by_hand():
+    rows = [
+        {"group": "0", "prediction": 1, "label": 0},
+        {"group": "1", "prediction": 0, "label": 0},
+        {"group": "0", "prediction": 1, "label": 0},
+        {"group": "2", "prediction": 0, "label": 1},
+        {"group": "1", "prediction": 1, "label": 0},
+        {"group": "2", "prediction": 0, "label": 1},
+        {"group": "3", "prediction": 1, "label": 1},
+        {"group": "3", "prediction": 1, "label": 1},
+    ]
+    # all pairs but the second are of one class, whether or not it is the right one
+    assert METRICS["gender_parity"](rows, 2) == 0.75
+    assert METRICS["gender_parity"](rows[::-1], 2) == 0.75
+
+
 # --- ReCoRD
 
 

@@ -267,6 +267,16 @@ def test_tokens_that_are_not_allowed_take_no_place_and_may_be_masked():
     assert simple_window([0.0], [0.0], [False]) == []
 
 
+def test_an_answer_starts_with_one_of_the_tokens_that_it_may_start_with():
+    window = {"start": [9.0, 1.0, 0.0], "end": [0.0, 5.0, 7.0]}
+    only = torch.tensor([False, True, True])
+    assert simple_window(**window, allowed_starts=only, n_best=1) == [Span(8.0, 1, 3, "bc")]
+    assert all(span.start > 0 for span in simple_window(**window, allowed_starts=only))
+    # what is not allowed at all may not start one either
+    allowed = [True, False, True]
+    assert {span.start for span in simple_window(**window, allowed=allowed, allowed_starts=only)} == {2}
+
+
 def test_an_answer_may_run_over_tokens_that_are_not_allowed():
     assert Span(2.0, 0, 3, "abc") in simple_window([1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [True, False, True])
 
