@@ -19,7 +19,7 @@ WITHOUT_WEIGHTS = ("dropout", "loss_chunk", "vocab_size", "init_std", "position_
 def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any], tokenizer_sha256: str | None) -> str:
     """Load the net of a checkpoint into ``task.net``, in place.
 
-    A head is loaded where the checkpoint is of the same kind of task with a head of the same shapes, else it stays new.
+    A head is loaded where the task pretrains one and the checkpoint has the same kind of it, else it stays new.
 
     Args:
         task: has the net as ``net``, and perhaps a ``head`` of its own.
@@ -48,7 +48,7 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
     if differences:
         raise ValueError(f"{path} does not fit this config: " + "; ".join(differences))
     weights = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    if _has_the_head_of(task, checkpoint):
+    if task.pretrains and _has_the_head_of(task, checkpoint):
         weights.update({k: v for k, v in checkpoint["state_dict"].items() if k.startswith("head.")})
     own = {k for k, _ in task.named_parameters(remove_duplicate=False)}
     misshapen = [
@@ -58,10 +58,10 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
     ]
     if misshapen:
         raise ValueError(f"{path} does not fit this config: " + "; ".join(misshapen))
-    missing, _ = task.load_state_dict(weights, strict=False)
+    missing, unexpected = task.load_state_dict(weights, strict=False)
     new = sorted(name for name in missing if name in own)
-    left = sorted(k for k in checkpoint["state_dict"] if k not in weights and k.startswith("head."))
-    loaded = sum(value.numel() for value in weights.values())
+    left = sorted({*unexpected, *(k for k in checkpoint["state_dict"] if k not in weights and k.startswith("head."))})
+    loaded = sum(parameter.numel() for name, parameter in task.named_parameters() if name in weights)
     return (
         f"from {path}: {loaded:,} weights loaded; new: {', '.join(new) or 'nothing'}; "
         f"left: {', '.join(left) or 'nothing'}"
@@ -69,7 +69,7 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
 
 
 def _has_the_head_of(task: nn.Module, checkpoint: dict[str, Any]) -> bool:
-    """Whether the task is of the checkpoint's class and its head of the same shapes: pretraining that goes on."""
+    """Whether the task is of the checkpoint's class and its head of the same shapes."""
     theirs = {k: v.shape for k, v in checkpoint["state_dict"].items() if k.startswith("head.")}
     ours = {k: v.shape for k, v in task.state_dict().items() if k.startswith("head.")}
     return config_of(checkpoint)["model"]["class_path"].endswith(f".{type(task).__name__}") and ours == theirs

@@ -86,6 +86,17 @@ def test_runs_that_do_not_belong_together_are_refused(labels, message, tmp_path,
     assert message in capsys.readouterr().err
 
 
+def test_scores_of_diagnostics_are_not_taken_for_those_of_the_task(tmp_path, capsys):
+    evaluations = {"test": {"metrics": {"test/score": 0.1}, "data": {"init_args": {"task": "axb"}}}}
+    run = a_run(tmp_path / "a", "superglue-rte", metrics={}, evaluations=evaluations)
+
+    with pytest.raises(SystemExit) as stop:
+        main(["average", run, "--split", "test"])
+
+    assert stop.value.code == 2
+    assert "was on axb; run `test` on rte again" in capsys.readouterr().err
+
+
 def test_a_folder_without_results_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["average", str(tmp_path)])

@@ -42,5 +42,7 @@ class Predictions(BasePredictionWriter):
         write_text(folder / PREDICTIONS, "".join(json.dumps(row) + "\n" for row in rows))
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, ExactDataModule):
+            for earlier in (folder / SUBMISSION).glob("*"):  # of another set, it would pass for this one's
+                earlier.unlink()
             for name, text in data.submission(rows).items():
                 write_text(folder / SUBMISSION / name, text)

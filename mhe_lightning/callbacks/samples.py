@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mhe_lightning.data.language_modeling import LanguageModelingData
 from mhe_lightning.files import write_text
 from mhe_lightning.models import Decoder
 from mhe_lightning.models.generation import generate_text
@@ -39,9 +40,12 @@ class Samples(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net = pl_module.net
+        data = getattr(trainer, "datamodule", None)
         if not self.prompts or not trainer.is_global_zero or not isinstance(net, Decoder):
             return
-        corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
+        if not isinstance(data, LanguageModelingData):  # a decoder that was finetuned as a classifier
+            return
+        corpus = data.corpus
         net.eval()
         longest = 1 + max(len(corpus.tokenizer.encode(prompt).ids) for prompt in self.prompts)
         texts = generate_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -159,10 +160,12 @@ class ExactDataModule(LightningDataModule):
             # `tokenizers` up to 0.22 warns in each process that is forked after it has used its threads, as `prepare`
             # does, unless this is set. The workers tokenize nothing.
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        collator = copy.copy(self)
+        collator.trainer = None  # workers that are spawned, not forked, get what collates pickled; a trainer cannot be
         return DataLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=self.collate,
+            collate_fn=collator.collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

@@ -191,16 +191,27 @@ class FinetuningData(ExactDataModule):
         tokenizer = self._make_tokenizer()
         write_text(folder / TOKENIZER, tokenizer.to_str())
         form = SequenceFormat(tokenizer, self.max_length)
-        entries = {}
+        entries: dict[str, dict[str, Any]] = {}
         for split, theirs in self.splits.items():
             wanted = theirs.split("+")
             found = [name for name in wanted if name in present]
             missing = [name for name in wanted if name not in present]
+            if missing and found and split == "train":
+                raise ValueError(
+                    f"{self.source.name} has no split {missing[0]!r}; set data.splits.train to some of "
+                    f"{', '.join(present)}"
+                )
             if missing:  # what is only evaluated needs no training split; what does need one says so
                 print(f"prepare: {self.label} has no split {', '.join(missing)} here; left out", file=sys.stderr)
-            if found:
+            same = next(
+                (e for name, e in entries.items() if e["source"] == found and "train" not in (name, split)), None
+            )
+            if same is not None:
+                entries[split] = same
+            elif found:
                 file = folder / f"{split}.arrow"
-                entries[split] = {**self._write(file, split, found, form), "source": found, "sha256": sha256(file)}
+                counts = self._write(file, split, found, form)
+                entries[split] = {**counts, "source": found, "file": file.name, "sha256": sha256(file)}
         if not entries:
             raise ValueError(
                 f"{self.source.name} has none of the splits {', '.join(self.splits.values())}; set data.splits to some "
@@ -211,6 +222,7 @@ class FinetuningData(ExactDataModule):
             "label": self.label,
             "tokenizer_sha256": tokenizer_hash(tokenizer),
             "vocab_size": vocabulary_size(tokenizer),
+            "source_splits": list(present),
             "splits": entries,
         }
         write_text(folder / MANIFEST, json.dumps(manifest, indent=2))
@@ -245,7 +257,7 @@ class FinetuningData(ExactDataModule):
         counts = {"rows": 0, "examples": 0, "truncated": 0, "tokens": 0}
         with pyarrow.OSFile(str(file), "wb") as sink, pyarrow.ipc.new_file(sink, schema) as writer:
             for theirs in found:
-                part = theirs.partition("_")[2] if len(found) > 1 or "+" in self.splits[split] else ""
+                part = theirs.partition("_")[2]  # validation_matched
                 for rows in _some_at_a_time(self._rows(split, theirs), 1000):
                     examples = self.convert([row for _, row in rows], [name for name, _ in rows], part, split, form)
                     counts["rows"] += len(rows)
@@ -300,10 +312,10 @@ class FinetuningData(ExactDataModule):
         if split not in self.manifest["splits"]:
             raise ValueError(
                 f"{self.label} has no {split} split here; set data.splits.{split} to one of "
-                f"{', '.join(self.source.splits())}"
+                f"{', '.join(self.manifest['source_splits'])}"
             )
         if split not in self._tables:
-            with pyarrow.memory_map(str(self.folder / f"{split}.arrow")) as mapped:
+            with pyarrow.memory_map(str(self.folder / self.manifest["splits"][split]["file"])) as mapped:
                 self._tables[split] = pyarrow.ipc.open_file(mapped).read_all()
         return self._tables[split]
 
@@ -341,7 +353,7 @@ class FinetuningData(ExactDataModule):
         return facts
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokenizer": None, "_tables": {}}
+        return {**self.__dict__, "_source": None, "_tokenizer": None, "_tables": {}}
 
 
 class ExampleRows(Dataset[Batch]):
@@ -398,9 +410,9 @@ def _damage(folder: Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format_version"] != FORMAT_VERSION:
             return f"{MANIFEST} has format version {manifest['format_version']}, this code reads {FORMAT_VERSION}"
-        for split, entry in manifest["splits"].items():
-            if sha256(folder / f"{split}.arrow") != entry["sha256"]:
-                return f"{split}.arrow does not match its checksum"
+        for entry in manifest["splits"].values():
+            if sha256(folder / entry["file"]) != entry["sha256"]:
+                return f"{entry['file']} does not match its checksum"
         if tokenizer_hash(load_tokenizer(folder / TOKENIZER)) != manifest["tokenizer_sha256"]:
             return f"{TOKENIZER} is not the tokenizer of the examples"
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -98,8 +98,8 @@ class MaskedLanguageModelingData(CorpusData):
         )
 
     def fingerprint(self) -> str:
-        words = "-whole-words" if self.whole_words else ""
-        return f"{super().fingerprint()}-masked-{self.mask_share}{words}"
+        options = ("-whole-words" if self.whole_words else "") + ("-document-mask" if self.document_mask else "")
+        return f"{super().fingerprint()}-masked-{self.mask_share}{options}"
 
 
 class MaskedBlocks(Dataset[Batch]):

@@ -45,6 +45,9 @@ class Task(LightningModule):
         ValueError: an argument is out of range.
     """
 
+    pretrains = False
+    """Whether a head of this task's own is worth keeping when another training of the task begins from it."""
+
     def __init__(
         self,
         net: nn.Module,
@@ -193,9 +196,11 @@ def net_inputs(net: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: batch[name] for name in names if name in batch}
 
 
-def tokens_read(batch: Mapping[str, Any]) -> int:
-    """How many tokens of a batch are not padding."""
-    return int(batch["padding"].sum()) if "padding" in batch else batch["tokens"].numel()
+def tokens_read(batch: Mapping[str, Any]) -> Tensor:
+    """How many tokens of a batch are not padding, a scalar on the batch's device."""
+    if "padding" in batch:
+        return batch["padding"].sum()
+    return torch.tensor(batch["tokens"].numel(), device=batch["tokens"].device)
 
 
 def learning_rate_schedule(

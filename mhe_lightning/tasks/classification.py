@@ -87,7 +87,7 @@ class SequenceClassification(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self._losses(self(batch), batch)
-        return self.accumulate(losses.sum(), *torch.tensor([len(losses), tokens_read(batch)], device=losses.device))
+        return self.accumulate(losses.sum(), torch.tensor(len(losses), device=losses.device), tokens_read(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         scores = self(batch)
@@ -126,7 +126,7 @@ class SequenceClassification(Task):
         if self.problem == "choice":
             by_example = _by_example(scores[:, 0], batch["example"], len(batch["rows"]))
             predictions = by_example.argmax(1).tolist()
-            numbers = [[x for x in row if x > -math.inf] for row in by_example.tolist()]
+            numbers = [[x for x in row if x != -math.inf] for row in by_example.tolist()]
         else:
             numbers = scores.tolist()
             predictions = scores[:, 0].tolist() if self.problem == "value" else scores.argmax(1).tolist()
@@ -136,21 +136,21 @@ class SequenceClassification(Task):
             batch["rows"].tolist(), predictions, numbers, labels, batch["info"], strict=True
         ):
             row = {"row": number, "id": info["id"], "part": info["part"], "prediction": prediction, "scores": own}
-            if not math.isnan(label):
+            if info["answers"]:
+                row["answers"] = info["answers"]
+            elif not math.isnan(label):
                 row["label"] = label if self.problem == "value" else int(label)
             if info["group"] is not None:
                 row["group"] = info["group"]
             if info["choices"]:
                 row["predicted_text"] = info["choices"][prediction]
-            if info["answers"]:
-                row["answers"] = info["answers"]
             rows.append(row)
         return rows
 
     def _log_scores(self, split: str) -> None:
         rows = gather_rows(self._rows)
         self._rows = {}
-        labelled = [row for row in rows if "label" in row]
+        labelled = [row for row in rows if "label" in row or "answers" in row]
         if not labelled:
             rank_zero_info(
                 f"{split}: the labels of all {len(rows)} rows are hidden, so there is no score; `predict` writes the "
@@ -161,8 +161,9 @@ class SequenceClassification(Task):
         self.log_evaluation(split, self._scores(labelled))
 
     def _scores(self, rows: list[Row]) -> dict[str, float]:
-        finite = [row["loss"] for row in rows if math.isfinite(row["loss"])]
-        results = {"loss": math.fsum(finite) / max(1, len(finite))}
+        # infinite where no candidate of a choice is right; nan is a model that has diverged, and stays
+        losses = [row["loss"] for row in rows if row["loss"] != math.inf]
+        results = {"loss": math.fsum(losses) / len(losses) if losses else math.nan}
         parts = defaultdict(list)
         for row in rows:
             parts[row["part"]].append(row)

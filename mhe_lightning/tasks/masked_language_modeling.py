@@ -35,6 +35,8 @@ class MaskedLanguageModeling(Task):
         optimization: what `Task` takes besides, such as ``lr``.
     """
 
+    pretrains = True
+
     def __init__(self, net: nn.Module, max_steps: int, **optimization: Any) -> None:
         super().__init__(net, max_steps, **optimization)
         if net.causal:
@@ -47,7 +49,7 @@ class MaskedLanguageModeling(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         hidden, targets = self._masked(batch)
         loss = self.head.loss(hidden, self._embeddings(), targets)
-        return self.accumulate(loss, *torch.tensor([len(targets), tokens_read(batch)], device=targets.device))
+        return self.accumulate(loss, torch.tensor(len(targets), device=loss.device), tokens_read(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         hidden, targets = self._masked(batch)

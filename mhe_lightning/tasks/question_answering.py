@@ -93,7 +93,7 @@ class ExtractiveQuestionAnswering(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         start, end = self(batch)
         losses = _losses(start, end, batch)
-        return self.accumulate(losses.sum(), *torch.tensor([len(losses), tokens_read(batch)], device=losses.device))
+        return self.accumulate(losses.sum(), torch.tensor(len(losses), device=losses.device), tokens_read(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         start, end = self(batch)
@@ -189,7 +189,8 @@ class ExtractiveQuestionAnswering(Task):
         answered = [self._answered(id, windows)[0] for id, windows in questions.items()]
         references = {id: windows[0]["answers"] for id, windows in questions.items()}
         scores = squad_scores(answered, references, self.null_threshold if self.unanswerable else None)
-        return {"loss": math.fsum(finite) / max(1, len(finite)), **scores, "score": scores["f1"]}
+        loss = math.fsum(finite) / len(finite) if finite else math.nan
+        return {"loss": loss, **scores, "score": scores["f1"]}
 
 
 def _losses(start: Tensor, end: Tensor, batch: Batch) -> Tensor:

@@ -72,6 +72,10 @@ def scores_of(run: Path, split: str) -> tuple[str, str, dict[str, float]]:
     if benchmark not in BENCHMARKS:
         raise UserError(f"{run} is not a run of GLUE or SuperGLUE")
     evaluation = results.get("evaluations", {}).get(VERB_OF[split], {})
+    other = evaluation.get("data", {}).get("init_args", {}).get("task", task)
+    if other != task:  # diagnostics, by the model of another task
+        verb = VERB_OF[split]
+        raise UserError(f"the last `{verb}` of {run}, a run of {task}, was on {other}; run `{verb}` on {task} again")
     metrics = evaluation.get("metrics") or results.get("metrics", {})
     own = {key.removeprefix(f"{split}/"): value for key, value in metrics.items() if key.startswith(f"{split}/")}
     if "score" not in own:

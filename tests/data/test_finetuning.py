@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,6 +329,15 @@ def test_the_padding_row_has_the_parts_of_a_row(data):
     assert padding["rows"] == PADDING_ROW
     assert {**padding, "rows": 0} == row
     assert data.collate([padding, row])["rows"].tolist() == [PADDING_ROW, 0]
+
+
+def test_what_workers_need_can_be_pickled_whatever_the_trainer_holds(data):
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, hook=lambda: None)  # as spawned workers get it
+    loader = data.train_dataloader()
+    rows = [loader.dataset[row] for row in (0, 1)]
+    collate = pickle.loads(pickle.dumps(loader.collate_fn))
+    assert torch.equal(collate(rows)["tokens"], data.collate(rows)["tokens"])
+    assert data.trainer is not None
 
 
 def test_workers_change_no_batch(data, tmp_path):
