@@ -151,3 +151,32 @@ def test_two_processes_score_labelled_examples_as_one_does(benchmark, task, tiny
     for a, b in zip(by_one, by_two, strict=True):
         assert {k: v for k, v in a.items() if k not in numbers} == {k: v for k, v in b.items() if k not in numbers}
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
+
+
+def test_two_processes_train_and_score_masked_tokens_as_one_does(tiny_config, prose, prepared, tmp_path):
+    path = tiny_config(net={"dropout": 0.0}, data={"block_length": 15}, trainer={"max_steps": 4})
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["model"]["class_path"] = "mhe_lightning.tasks.MaskedLanguageModeling"
+    config["model"]["init_args"]["net"]["class_path"] = "mhe_lightning.models.Encoder"
+    config["model"]["init_args"]["net"]["init_args"]["attention"]["init_args"]["dropout"] = 0.0
+    config["data"]["class_path"] = "mhe_lightning.data.MaskedLanguageModelingData"
+    fractions = {"validation_fraction": 0.1, "test_fraction": 0.1}
+    config["data"]["init_args"]["corpus"] = {"path": str(prose), "tokenizer": "wordpiece", "tokenizer_size": 300}
+    config["data"]["init_args"]["corpus"].update(fractions)
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    log = tmp_path / "log"
+
+    for name, more, ranks in (("one", [], 1), ("two", ON_TWO, 2)):
+        for verb in ("fit", "predict"):
+            checkpoint = ["--ckpt_path", "auto"] if verb == "predict" else []
+            command = [verb, "--config", str(path), "--name", name, *checkpoint, *more]
+            assert run(command, ranks=ranks, log=log) == [0] * ranks, log.read_text()
+
+    one, two = tmp_path / "runs/one", tmp_path / "runs/two"
+    for column in ("train/loss", "val/loss", "val/pseudo_ppl"):
+        assert numbers(two, column) == pytest.approx(numbers(one, column), rel=1e-5)
+    assert numbers(two, "val/accuracy") == numbers(one, "val/accuracy")
+    assert [row["row"] for row in predictions(one)] == [row["row"] for row in predictions(two)]
+    assert len(predictions(one)) % 2 == 1, "the ranks' shares must differ"
+    for own, other in zip(predictions(one), predictions(two), strict=True):
+        assert other == pytest.approx(own, rel=1e-4)

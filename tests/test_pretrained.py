@@ -102,6 +102,33 @@ def test_the_net_is_the_checkpoints_and_the_head_is_new(pretrained, tiny_classif
     assert report.endswith(f"; new: {new}; left: {left}")
 
 
+def test_pretraining_that_goes_on_keeps_its_head(pretrained, command, tmp_path):
+    config = yaml.safe_load((pretrained.encoder / "config.yaml").read_text(encoding="utf-8"))
+    config["model"]["init_args"].update(lr=1e-30, weight_decay=0.0)
+    config["trainer"]["default_root_dir"] = str(tmp_path)
+    path = tmp_path / "on.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+    code, out, err = command("fit", "--config", str(path), "--name", "on", "--init_from", str(pretrained.encoder))
+
+    assert code == 0, err
+    assert "; new: nothing; left: nothing" in out
+    before, after = weights(pretrained.encoder), weights(tmp_path / "on")
+    assert torch.equal(after["head.dense.weight"], before["head.dense.weight"])
+
+
+def test_a_classifier_of_another_task_is_left_behind(pretrained, tiny_classifier, command, tmp_path):
+    rte = str(tiny_classifier("glue", "rte", **FROZEN))
+    code, _, err = command("fit", "--config", rte, "--init_from", str(pretrained.encoder))
+    assert code == 0, err
+
+    qnli = str(tiny_classifier("glue", "qnli", **FROZEN))
+    code, out, err = command("fit", "--config", qnli, "--init_from", str(tmp_path / "runs/rte"))
+
+    assert code == 0, err
+    assert "left: head.classifier.bias, head.classifier.weight, head.dense.bias, head.dense.weight" in out
+
+
 def test_a_checkpoint_file_does_as_well_as_its_run(pretrained, tiny_classifier, command):
     path = str(tiny_classifier("glue", "rte", **FROZEN))
     file = newest_checkpoint(pretrained.encoder / "checkpoints")

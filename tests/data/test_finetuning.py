@@ -127,6 +127,19 @@ def test_the_record_counts_rows_tokens_and_texts_that_were_cut(mrpc, tmp_path):
     assert whole.describe()["splits"]["train"]["truncated"] == 0
 
 
+def test_a_source_split_that_is_evaluated_twice_is_tokenised_once(mrpc, tmp_path):
+    data = module(mrpc(), tmp_path / "cache", splits={"test": "validation"})
+    data.prepare()
+    assert sorted(file.name for file in data.folder.glob("*.arrow")) == ["train.arrow", "validation.arrow"]
+    assert data.table("test").equals(data.table("validation"))
+
+
+def test_a_part_of_the_training_split_must_not_be_missing(mrpc, tmp_path):
+    data = module(mrpc(), tmp_path / "cache", splits={"train": "train+trian"})
+    with pytest.raises(ValueError, match=r"no split 'trian'; set data\.splits\.train to some of train, validation"):
+        data.prepare()
+
+
 # --- what is wrong is named
 
 
