@@ -35,18 +35,21 @@ def main() -> None:
         config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
         label = results["data"]["label"]
         value = results["metrics"][KEY[label]] * (1 if label.startswith("squad") else 100)
-        own = scores[label][config["init_from"] is not None]
+        name = f"{label}, {KEY[label].removeprefix('val/')}"
+        if config["model"]["init_args"].get("pooling") == "first":
+            name += ", [CLS] alone"
+        own = scores[name][config["init_from"] is not None]
         if results["seed"] in own:
-            raise SystemExit(f"{run}: a second run of {label} with seed {results['seed']}")
+            raise SystemExit(f"{run}: a second run of {name} with seed {results['seed']}")
         own[results["seed"]] = value
-    print("| task | score | seeds | at random | pretrained | difference |")
-    print("|---|---|--:|--:|--:|--:|")
-    for label, by_start in scores.items():
+    print("| task | seeds | at random | pretrained | difference |")
+    print("|---|--:|--:|--:|--:|")
+    for name, by_start in scores.items():
         seeds = sorted(by_start[True].keys() & by_start[False].keys())
         without, with_ = ([by_start[start][seed] for seed in seeds] for start in (False, True))
         differences = [b - a for a, b in zip(without, with_, strict=True)]
-        cells = [label, KEY[label].removeprefix("val/"), str(len(seeds))]
-        print(f"| {' | '.join([*cells, interval(without), interval(with_), interval(differences, sign='+')])} |")
+        cells = [name, str(len(seeds)), interval(without), interval(with_), interval(differences, sign="+")]
+        print(f"| {' | '.join(cells)} |")
 
 
 def interval(values: list[float], sign: str = "") -> str:
