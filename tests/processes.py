@@ -78,6 +78,7 @@ def run(args: Sequence[str], *, ranks: int = 1, log: Path | None = None) -> list
 
 def _child(args: list[str], environment: dict[str, str], log: Path | None) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     torch.set_num_threads(1)  # the parent's threads are not forked: a parallel operation would wait for them
     if log is not None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
