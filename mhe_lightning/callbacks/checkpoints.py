@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from mhe_lightning.checkpoint import SUFFIX, checkpoints_in, remove_checkpoint, set_aside, step_of
+from mhe_lightning.distributed import is_distributed
 
 
 class Checkpoints(Checkpoint):
@@ -150,7 +151,7 @@ def _validation_follows(trainer: Trainer) -> bool:
 
 
 def _on_any_rank(flag: bool, device: torch.device) -> bool:
-    if not (dist.is_available() and dist.is_initialized()):
+    if not is_distributed():
         return flag
     value = torch.tensor(int(flag), device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)

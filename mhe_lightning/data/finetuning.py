@@ -132,7 +132,7 @@ class FinetuningData(ExactDataModule):
         Args:
             rows: some rows of the data set, columns by name.
             names: of each row, for messages.
-            part: which of the joined source splits they are from, "" if there is one.
+            part: what follows the "_" in the source split's name (MNLI's "matched"), "" without one.
             split: "train", "validation" or "test".
             form: makes token sequences.
         """

@@ -89,6 +89,8 @@ class HubDataset:
                     lambda: datasets.get_dataset_default_config_name(path, revision=revision),
                 )
                 self._loaded = datasets.load_dataset(path, name=subset, revision=revision, streaming=True)
+            except StopIteration as error:  # datasets looks at the first rows for the columns
+                raise ValueError(f"cannot open the data set {self.name}: one of its files has no rows") from error
             except (OSError, RuntimeError, pyarrow.ArrowException) as error:
                 raise ValueError(f"cannot open the data set {self.name}: {first_line(error)}") from error
         return self._loaded

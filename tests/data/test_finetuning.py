@@ -167,6 +167,15 @@ def test_a_set_without_a_training_split_can_be_evaluated_but_trains_no_tokenizer
         module(path, tmp_path / "cache", tokenizer="wordpiece").prepare()
 
 
+def test_a_file_without_rows_is_refused(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split, text in (("train", ""), ("validation", '{"sentence": "a fox", "label": 0, "idx": 0}')):
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match="cannot open the data set .*: one of its files has no rows"):
+        module(folder, tmp_path / "cache", task="sst2", subset="default").prepare()
+
+
 def test_a_set_with_none_of_the_splits_is_refused(mrpc, tmp_path):
     splits = {"train": "a", "validation": "b", "test": "c"}
     data = module(mrpc(), tmp_path / "cache", tokenizer=saved_tokenizer(tmp_path), splits=splits)
