@@ -172,7 +172,7 @@ def test_a_file_without_rows_is_refused(tmp_path):
     folder.mkdir()
     for split, text in (("train", ""), ("validation", '{"sentence": "a fox", "label": 0, "idx": 0}')):
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="cannot open the data set .*: one of its files has no rows"):
+    with pytest.raises(ValueError, match=r"cannot open the data set .*: one of its files has no rows"):
         module(folder, tmp_path / "cache", task="sst2", subset="default").prepare()
 
 
