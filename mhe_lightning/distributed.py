@@ -21,8 +21,8 @@ def parallelize(net: nn.Module, *, compile: bool = False, activation_checkpointi
     """
     if compile:
         blocks = getattr(net, "blocks", None)
-        if not isinstance(blocks, nn.ModuleList):
-            raise ValueError(f"compile: {type(net).__name__} has no `blocks`, the ModuleList of layers to compile")
+        if blocks is None:
+            raise ValueError(f"compile: {type(net).__name__} has no `blocks`, the layers to compile")
         for block in blocks:
             block.compile()
     if activation_checkpointing:

@@ -2,6 +2,7 @@
 
 from mhe_lightning.models.decoder import Decoder
 from mhe_lightning.models.encoder import Encoder
+from mhe_lightning.models.encoder_decoder import EncoderDecoder
 from mhe_lightning.models.generation import generate
 
-__all__ = ["Decoder", "Encoder", "generate"]
+__all__ = ["Decoder", "Encoder", "EncoderDecoder", "generate"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,13 +93,22 @@ class Block(nn.Module):
 
         Nothing after the attention mixes positions, so those that are not kept need not be computed.
         """
+        return self.feed(self.attend(x, mask, is_causal, cache, kept))
+
+    def attend(
+        self, x: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None, kept: Tensor | None
+    ) -> Tensor:
+        """The block's first half, its self-attention."""
         normed = self.norm_1(x) if self.norm_first else x
         x = x + self.dropout(self.attention(normed, mask=mask, is_causal=is_causal, cache=cache))
         if kept is not None:
             x = x.flatten(0, 1)[kept]
+        return x if self.norm_first else self.norm_1(x)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The block's last part, its feed-forward net."""
         if self.norm_first:
             return x + self.dropout(self.feed_forward(self.norm_2(x)))
-        x = self.norm_1(x)
         return self.norm_2(x + self.dropout(self.feed_forward(x)))
 
     def residual_projections(self) -> tuple[nn.Linear, ...]:
@@ -107,9 +116,75 @@ class Block(nn.Module):
         return self.attention.w_o, self.feed_forward.w_2
 
 
+class LayerCaches(NamedTuple):
+    """What a `CrossBlock` keeps between steps: keys and values of the target's tokens so far, and of the source."""
+
+    own: KVCache
+    source: KVCache
+
+
+class CrossBlock(Block):
+    """A decoder's layer with attention to an encoder's output between self-attention and feed-forward net; post-norm.
+
+    Source: Vaswani et al. 2017, section 3.1.
+
+    Args:
+        attention: this layer's self-attention.
+        cross_attention: this layer's attention to the source.
+        feed_forward: this layer's feed-forward net.
+        width: model width D.
+        dropout: probability of dropping a number of a sublayer's output, in training.
+        norm_eps: ε of the layer norms.
+        bias: whether the layer norms have biases.
+    """
+
+    def __init__(
+        self,
+        *,
+        attention: Attention,
+        cross_attention: Attention,
+        feed_forward: FeedForward,
+        width: int,
+        dropout: float,
+        norm_eps: float,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            attention=attention,
+            feed_forward=feed_forward,
+            width=width,
+            dropout=dropout,
+            norm_eps=norm_eps,
+            norm_first=False,
+            bias=bias,
+        )
+        self.cross_attention = cross_attention
+        self.norm_cross = nn.LayerNorm(width, eps=norm_eps, bias=bias)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, source: Tensor, source_mask: Tensor | None = None, caches: LayerCaches | None = None
+    ) -> Tensor:
+        """(B·k, T, D) → (B·k, T, D).
+
+        Args:
+            x: the target's side; row i belongs to the source row i // k.
+            source: (B, S, D), the encoder's output.
+            source_mask: boolean, True = may attend, broadcastable to (B, n, T, S).
+            caches: of earlier calls.
+        """
+        x = self.attend(x, None, True, None if caches is None else caches.own, None)
+        # the k rows of one source are further queries to the same keys, which then need no k copies
+        queries = x.reshape(source.shape[0], -1, x.shape[2])  # (B, k·T, D)
+        found = self.cross_attention(
+            queries, context=source, mask=source_mask, cache=None if caches is None else caches.source
+        )
+        return self.feed(self.norm_cross(x + self.dropout(found.view_as(x))))
+
+
 def make_blocks(
     attention: AttentionFactory,
     *,
+    cross_attention: AttentionFactory | None = None,
     n_layers: int,
     n_heads: int,
     width: int,
@@ -120,24 +195,37 @@ def make_blocks(
     norm_eps: float,
     norm_first: bool,
 ) -> nn.ModuleList:
-    """``n_layers`` blocks, each with an attention of its own; ``ff_width`` None is 4 × ``width``."""
-    return nn.ModuleList(
-        Block(
-            attention=attention(width=width, n_heads=n_heads),
-            feed_forward=FeedForward(
+    """``n_layers`` blocks, each with an attention of its own; ``ff_width`` None is 4 × ``width``.
+
+    With ``cross_attention`` each is a `CrossBlock`, which is post-norm.
+    """
+
+    def make_block() -> Block:
+        feed_forward = FeedForward(
+            width=width, hidden=4 * width if ff_width is None else ff_width, activation=activation, bias=bias
+        )
+        own = attention(width=width, n_heads=n_heads)
+        if cross_attention is None:
+            return Block(
+                attention=own,
+                feed_forward=feed_forward,
                 width=width,
-                hidden=4 * width if ff_width is None else ff_width,
-                activation=activation,
+                dropout=dropout,
+                norm_eps=norm_eps,
+                norm_first=norm_first,
                 bias=bias,
-            ),
+            )
+        return CrossBlock(
+            attention=own,
+            cross_attention=cross_attention(width=width, n_heads=n_heads),
+            feed_forward=feed_forward,
             width=width,
             dropout=dropout,
             norm_eps=norm_eps,
-            norm_first=norm_first,
             bias=bias,
         )
-        for _ in range(n_layers)
-    )
+
+    return nn.ModuleList(make_block() for _ in range(n_layers))
 
 
 def run_blocks(
