@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import yaml
+from common import interval
 
 from mhe_lightning.callbacks.run_record import CONFIG, RESULTS
-
-STUDENT_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5 % quantiles of Student's t by degrees of freedom."""
 
 KEY = {"glue-sst2": "val/accuracy", "glue-qnli": "val/accuracy", "glue-cola": "val/matthews", "squad-v1": "val/f1"}
 
@@ -50,15 +46,6 @@ def main() -> None:
         differences = [b - a for a, b in zip(without, with_, strict=True)]
         cells = [name, str(len(seeds)), interval(without), interval(with_), interval(differences, sign="+")]
         print(f"| {' | '.join(cells)} |")
-
-
-def interval(values: list[float], sign: str = "") -> str:
-    """Mean ± half the 95 % interval."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:{sign}.1f}"
-    half = STUDENT_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:{sign}.1f} ± {half:.1f}"
 
 
 if __name__ == "__main__":

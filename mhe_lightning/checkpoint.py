@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +108,23 @@ def step_of(path: Path) -> int:
 
 
 def checkpoints_in(folder: Path, kind: str = "step") -> list[Path]:
-    """A run's checkpoints, oldest first, valid or not: those to resume from ("step") or the best ("best-step")."""
+    """A run's checkpoints, oldest first, valid or not: to resume from ("step"), "best-step" or "averaged-step"."""
     return sorted(folder.glob(f"{kind}=*{SUFFIX}"), key=step_of)
+
+
+def complete_checkpoints(folder: Path, kind: str = "step") -> Iterator[Path]:
+    """The checkpoints of ``kind`` that pass their checksums, newest first; a damaged one is skipped with a warning."""
+    for path in reversed(checkpoints_in(folder, kind)):
+        problem = damage(path)
+        if problem is None:
+            yield path
+        else:
+            rank_zero_warn(f"skipping checkpoint {path}: it {problem}")
 
 
 def newest_checkpoint(folder: Path, kind: str = "step") -> Path | None:
     """The newest checkpoint of ``kind`` that passes its checksum; a damaged one is skipped with a warning."""
-    for path in reversed(checkpoints_in(folder, kind)):
-        problem = damage(path)
-        if problem is None:
-            return path
-        rank_zero_warn(f"skipping checkpoint {path}: it {problem}")
-    return None
+    return next(complete_checkpoints(folder, kind), None)
 
 
 def run_of(path: Path) -> tuple[Path, Path]:

@@ -20,8 +20,10 @@ Train and use transformers with any attention.
   test           score a checkpoint on the test split
   predict        write a checkpoint's predictions
   prepare        tokenise a config's data, before `fit` on several processes
+  consolidate    a run's weights alone, averaged        consolidate runs/quickstart --average 2
   average        the GLUE or SuperGLUE average of runs  average runs/bert_base_*
   generate       continue texts with a trained decoder  generate runs/quickstart
+  translate      translate standard input, line by line translate runs/small_multi30k < sentences.txt
   verify-resume  prove from a checkpoint that no training row was skipped or repeated
 
 Every verb explains its options with --help.
@@ -33,8 +35,10 @@ VERBS = {
     "test": "train",
     "predict": "train",
     "prepare": "prepare",
+    "consolidate": "consolidate",
     "average": "average",
     "generate": "generate",
+    "translate": "translate",
     "verify-resume": "verify_resume",
 }
 """Verb → its module in `mhe_lightning.verbs`, imported when it is asked for (lightning takes seconds)."""

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from mhe_lightning.checkpoint import checkpoints_in, newest_checkpoint, step_of
+from mhe_lightning.checkpoint import CheckpointError, checkpoints_in, newest_checkpoint, step_of
 
 TOKENIZER = "tokenizer.json"
 LOCK = ".lock"
@@ -25,10 +25,22 @@ def folder_of(root: str, name: str) -> Path:
 
 
 def resolve_checkpoint(ckpt_path: str | None, folder: Path) -> str | None:
-    """``auto`` and ``best`` become the run's newest and best complete checkpoint, or None; a path stays as it is."""
-    if ckpt_path not in ("auto", "best"):
+    """``auto``, ``best`` and ``averaged`` become the run's newest complete checkpoint of their kind, a path stays.
+
+    Returns:
+        The checkpoint; None if there is no newest or best one, or none was asked for.
+
+    Raises:
+        CheckpointError: the run has no averaged checkpoint.
+    """
+    kinds = {"auto": "step", "best": "best-step", "averaged": "averaged-step"}
+    if ckpt_path not in kinds:
         return ckpt_path
-    found = newest_checkpoint(folder / "checkpoints", "step" if ckpt_path == "auto" else "best-step")
+    found = newest_checkpoint(folder / "checkpoints", kinds[ckpt_path])
+    if found is None and ckpt_path == "averaged":
+        raise CheckpointError(
+            f"{folder} holds no averaged checkpoint; make one with `consolidate {folder} --average K`"
+        )
     return None if found is None else str(found)
 
 

@@ -68,6 +68,14 @@ def super_glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_super_glue(tmp_path_factory.mktemp("hub") / "super_glue")
 
 
+@pytest.fixture(scope="session")
+def parallel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the Hub's layout with a parallel corpus in miniature, of "en" and "de"."""
+    from hub_fixtures import write_translation
+
+    return write_translation(tmp_path_factory.mktemp("hub") / "parallel")
+
+
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
     """Runs a command line in this process; gives exit code, standard output and standard error."""
@@ -212,6 +220,73 @@ def tiny_classifier(glue: Path, super_glue: Path, prepared: Path, tmp_path: Path
             "checkpoints": {"monitor": "val/score", "mode": "max"},
         }
         path = tmp_path / f"{task}.yaml"
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_translation(parallel: Path, prepared: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes the config of an encoder-decoder that learns to translate in miniature; keywords override its parts."""
+
+    def write(
+        *, net: dict | None = None, model: dict | None = None, data: dict | None = None, trainer: dict | None = None
+    ) -> Path:
+        config = {
+            "name": "translation",
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 1,
+                "max_steps": 4,
+                "log_every_n_steps": 1,
+                "val_check_interval": 2,
+                "default_root_dir": str(tmp_path / "runs"),
+                **(trainer or {}),
+            },
+            "model": {
+                "class_path": "mhe_lightning.tasks.Translation",
+                "init_args": {
+                    "lr": 1e-2,
+                    "fit_beam_size": 1,
+                    "beam_size": 2,
+                    "extra_tokens": 5,
+                    **(model or {}),
+                    "net": {
+                        "class_path": "mhe_lightning.models.EncoderDecoder",
+                        "init_args": {
+                            "width": 16,
+                            "n_heads": 2,
+                            "n_layers": 1,
+                            "max_length": 64,
+                            "dropout": 0.1,
+                            "attention": {
+                                "class_path": "mhe_lightning.attention.MHE",
+                                "init_args": {"combine": "add"},
+                            },
+                            **(net or {}),
+                        },
+                    },
+                },
+            },
+            "data": {
+                "class_path": "mhe_lightning.data.TranslationData",
+                "init_args": {
+                    "path": str(parallel),
+                    "source": "en",
+                    "target": "de",
+                    "tokenizer": "bpe",
+                    "tokenizer_size": 300,
+                    "max_length": 40,
+                    "batch_tokens": 128,
+                    "eval_batch_size": 3,
+                    "cache_dir": str(prepared),
+                    **(data or {}),
+                },
+            },
+            "checkpoints": {"monitor": "val/score", "mode": "max"},
+        }
+        path = tmp_path / "translation.yaml"
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
         return path
 

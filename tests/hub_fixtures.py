@@ -1,4 +1,4 @@
-"""GLUE and SuperGLUE in miniature: invented rows in the schema and the layout of the Hub's data sets."""
+"""Data sets of the Hub in miniature: invented rows in their schema and layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow.parquet
 import yaml
-from datasets import ClassLabel, Dataset, Features, List, Value
+from datasets import ClassLabel, Dataset, Features, List, Translation, Value
 
 Row = dict[str, Any]
 Maker = Callable[[random.Random, int, int | None], Row]
@@ -20,6 +20,11 @@ VERBS = "sees finds likes follows paints carries hears leaves keeps wants".split
 NAMES = ["Ada Lint", "Bo Marsh", "Cleo", "Dov Quill", "Eno Vale", "Fern"]
 SIZES = {"train": 12, "validation": 7, "test": 5}
 TEXT, INTEGER = Value("string"), Value("int32")
+LEXICON = {
+    "the": "da", "red": "rul", "old": "alm", "cat": "tak", "dog": "gud", "fox": "fesk", "sun": "sol", "owl": "ugul",
+    "saw": "sa", "ran": "lop", "and": "o", "big": "gro",
+}  # fmt: skip
+"""The words of a language "en" and what they are in a language "de", word by word."""
 
 
 def sentence(draw: random.Random, clauses: int | None = None) -> str:
@@ -209,6 +214,56 @@ def _wsc(draw: random.Random, i: int, label: int | None) -> Row:
         "idx": i,
         "label": -1 if label is None else label,
     }
+
+
+def translated(text: str) -> str:
+    """What a text of `LEXICON`'s words is in the other language."""
+    words = " ".join(LEXICON[word] for word in text.lower().rstrip(".").split())
+    return words[:1].upper() + words[1:] + "."
+
+
+def english(draw: random.Random, n_words: int) -> str:
+    text = " ".join(draw.choice(sorted(LEXICON)) for _ in range(n_words))
+    return text[0].upper() + text[1:] + "."
+
+
+def write_translation(folder: Path, *, hidden: bool = False, flat: bool = False) -> Path:
+    """Writes a parallel corpus of "en" and "de", whose translations a small net can learn.
+
+    Its training split has 60 pairs to train on, and four not to: the rows 10 (no source), 20 (no target), 30 (too
+    long) and 40 (ten times as long as its source). The source of row 2 of the validation split is empty.
+
+    Args:
+        folder: where to.
+        hidden: whether the test split's "de" is null.
+        flat: whether each language has a column of its own, rather than both the column "translation".
+    """
+    draw = random.Random("translation")
+    splits: dict[str, list[Row]] = {}
+    for split, size in {**SIZES, "train": 60}.items():
+        sources = [english(draw, 1 + i % 10) for i in range(size)]
+        splits[split] = [{"en": source, "de": translated(source)} for source in sources]
+    long = english(draw, 80)
+    for number, pair in (
+        (10, {"en": "", "de": "Da sol."}),
+        (20, {"en": "The sun.", "de": "  "}),
+        (30, {"en": long, "de": translated(long)}),
+        (40, {"en": "Sun.", "de": translated("the sun " * 5)}),
+    ):
+        splits["train"].insert(number, pair)
+    splits["validation"][2] = {"en": "", "de": "Da sol."}
+    if hidden:
+        splits["test"] = [{**pair, "de": None} for pair in splits["test"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    languages = {"de": TEXT, "en": TEXT} if flat else {"translation": Translation(languages=["de", "en"])}
+    for split, pairs in splits.items():
+        rows = pairs if flat else [{"translation": pair} for pair in pairs]
+        dataset = Dataset.from_list(rows, features=Features(languages))
+        pyarrow.parquet.write_table(dataset.data.table, folder / f"{split}-00000-of-00001.parquet")
+    files = [{"split": split, "path": f"{split}-*"} for split in splits]
+    text = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]}, sort_keys=False)
+    (folder / "README.md").write_text(f"---\n{text}---\nInvented sentences.\n", encoding="utf-8")
+    return folder
 
 
 def write_task(folder: Path, name: str, splits: dict[str, list[Row]], features: dict[str, Any] | None = None) -> None:

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
-from mhe_lightning.data.finetuning import FinetuningData
+from mhe_lightning.data import TranslationData
+from mhe_lightning.data.examples import ExampleData
 from mhe_lightning.data.language_modeling import CorpusData
 from mhe_lightning.tasks import Task
 from mhe_lightning.verbs.parsing import Parser
@@ -38,7 +41,10 @@ def without_data(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     vocab_size = property(lambda self: self.spec.tokenizer_size)
     monkeypatch.setattr(CorpusData, "vocab_size", vocab_size)
-    monkeypatch.setattr(FinetuningData, "vocab_size", property(lambda self: self.tokenizer_size))
+    monkeypatch.setattr(ExampleData, "vocab_size", property(lambda self: self.tokenizer_size))
+    for data in (CorpusData, ExampleData):
+        monkeypatch.setattr(data, "tokenizer", property(lambda self: Tokenizer(BPE())))
+    monkeypatch.setattr(TranslationData, "end_token", 0)
 
 
 @pytest.mark.parametrize("path", configs(".", "experiment"))
@@ -49,7 +55,7 @@ def test_experiment_builds(path, without_data):
     assert isinstance(cli.model, Task)
     assert isinstance(cli.trainer, Trainer)
     assert cli.model.net.vocab_size == cli.datamodule.vocab_size
-    length = "max_length" if isinstance(cli.datamodule, FinetuningData) else "block_length"
+    length = "max_length" if isinstance(cli.datamodule, ExampleData) else "block_length"
     assert 0 < getattr(cli.datamodule, length) <= cli.model.net.max_length
     assert cli.trainer.max_steps > 0
     assert cli._config_text()  # what a run saves
@@ -74,6 +80,7 @@ LINKED = {
         "--piece.metrics=[f1]",
     ],
     "ExtractiveQuestionAnswering": ["--piece.unanswerable=true"],
+    "Translation": ["--piece.end_token=0"],
 }
 """What a run's data say to its task."""
 
@@ -82,7 +89,8 @@ LINKED = {
 def test_piece_is_accepted(path, without_data):
     base = LightningModule if path.parent.name == "model" else LightningDataModule
     parser = Parser()
-    parser.add_subclass_arguments(base, "piece", skip={"init_args.net.init_args.vocab_size"})
+    linked = {"init_args.net.init_args.vocab_size", "tokenizer"} if base is LightningModule else set()
+    parser.add_subclass_arguments(base, "piece", skip=linked)
     text = path.read_text(encoding="utf-8")
     extra = ["--piece.seed=0"]
     if base is LightningModule:

@@ -21,7 +21,18 @@ ALLOWED = {
     "data": {"data", "files"},
     "tasks": {"tasks", "models", "metrics", "distributed"},
     "pretrained": {"checkpoint", "run"},
-    "callbacks": {"callbacks", "data", "models", "accounting", "checkpoint", "distributed", "run", "files"},
+    "averaging": {"checkpoint", "run", "pretrained"},
+    "callbacks": {
+        "callbacks",
+        "data",
+        "models",
+        "accounting",
+        "averaging",
+        "checkpoint",
+        "distributed",
+        "run",
+        "files",
+    },
 }
 """Which rooms of the package a room may import; rooms that are not named may import all."""
 

@@ -11,6 +11,7 @@ from conftest import logged, prepare
 from hub_fixtures import write_glue
 from mhe_lightning.checkpoint import newest_checkpoint, read_checkpoint
 from mhe_lightning.data import verify_certificate
+from mhe_lightning.data.sampler import order_from
 from processes import run
 
 distributed = pytest.mark.distributed
@@ -82,13 +83,31 @@ def test_finetuning_on_batches_of_similar_length_resumes_bit_for_bit(ranks, tiny
     assert data["consumed"] > data["n_rows"], "the run must go over an epoch's border"
 
 
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), pytest.param(2, 0, marks=distributed)])
+def test_translation_in_batches_by_tokens_resumes_bit_for_bit(ranks, workers, tiny_translation, tmp_path):
+    trainer = {"max_steps": 24, "val_check_interval": 8, "devices": ranks, "accumulate_grad_batches": 2}
+    trainer["strategy"] = "ddp" if ranks > 1 else "auto"
+    path = tiny_translation(data={"num_workers": workers}, trainer=trainer)
+    config = yaml.safe_load(path.read_text())
+    config["checkpoints"] = {"every_n_steps": 4, "monitor": "val/score", "mode": "max"}
+    path.write_text(yaml.safe_dump(config))
+    assert run(["prepare", "--config", str(path)]) == [0]
+
+    data = resumed_equals_uninterrupted(path, tmp_path, ranks=ranks, micro_batch=27, also=("val/bleu", "val/chrf"))
+
+    assert verify_certificate(data) == 48
+    assert data["consumed"] > order_from(data).epoch_length, "the run must go over an epoch's border"
+
+
 def as_encoder(config: dict, task: str) -> None:
     """Make the tiny decoder's config one of an encoder with another task."""
     config["model"]["class_path"] = f"mhe_lightning.tasks.{task}"
     config["model"]["init_args"]["net"]["class_path"] = "mhe_lightning.models.Encoder"
 
 
-def resumed_equals_uninterrupted(path: Path, tmp_path: Path, *, ranks: int, micro_batch: int) -> dict:
+def resumed_equals_uninterrupted(
+    path: Path, tmp_path: Path, *, ranks: int, micro_batch: int, also: tuple[str, ...] = ()
+) -> dict:
     """Compare a run with one that is killed and goes on; the data module's state at the end."""
     fit = ["fit", "--config", str(path)]
     log = tmp_path / "log"
@@ -100,7 +119,7 @@ def resumed_equals_uninterrupted(path: Path, tmp_path: Path, *, ranks: int, micr
     assert run([*fit, "--name", "killed", "--ckpt_path", "auto"], ranks=ranks, log=log) == [0] * ranks, log.read_text()
 
     runs = tmp_path / "runs"
-    for column in ("train/loss", "val/loss", "tokens_seen", "lr"):
+    for column in ("train/loss", "val/loss", "tokens_seen", "lr", *also):
         assert logged(runs / "whole", column)
         assert logged(runs / "killed", column) == logged(runs / "whole", column)
     checkpoint = read_checkpoint(newest_checkpoint(runs / "whole" / "checkpoints"))

@@ -196,8 +196,15 @@ class KVCache:
         return tuple(buffer[:, :, : self.length] for buffer in self._buffers)
 
     def reorder(self, rows: Tensor) -> None:
-        """Keep the batch rows ``rows`` (a LongTensor, repeats allowed), as a beam search does after each step."""
-        self._buffers = tuple(buffer.index_select(0, rows) for buffer in self._buffers)
+        """Keep the batch rows ``rows`` (a LongTensor, repeats allowed), as a beam search does after each step.
+
+        Only what is held is copied, not the part of the buffers that later tokens will fill.
+        """
+        chosen = [t.index_select(0, rows) for t in self.stored()]
+        if self._buffers and self._buffers[0].shape[0] != len(rows):
+            self._buffers = tuple(buffer.new_empty(len(rows), *buffer.shape[1:]) for buffer in self._buffers)
+        for buffer, t in zip(self._buffers, chosen, strict=True):
+            buffer[:, :, : self.length] = t
 
     @property
     def elements_per_token(self) -> int:

@@ -1,5 +1,6 @@
 """Callbacks that the command line adds to every run."""
 
+from mhe_lightning.callbacks.average import AverageCheckpoints
 from mhe_lightning.callbacks.checkpoints import Checkpoints
 from mhe_lightning.callbacks.exact_resume import ExactResume
 from mhe_lightning.callbacks.metrics_csv import MetricsCSV
@@ -10,6 +11,7 @@ from mhe_lightning.callbacks.samples import Samples
 from mhe_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "AverageCheckpoints",
     "Checkpoints",
     "ExactResume",
     "MetricsCSV",

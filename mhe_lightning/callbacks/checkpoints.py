@@ -23,7 +23,8 @@ class Checkpoints(Checkpoint):
 
     At SIGTERM, to any rank, the step is finished and saved, and `SIGTERMException` ends training on all ranks.
 
-    At most ``keep`` + 1 files are left (and one more while writing).
+    At most ``keep`` + 1 files are left (and one more while writing). What a signal left between two regular ones goes
+    before these, so that a run that was interrupted ends with the files of one that was not.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; the last step is always saved.
@@ -102,7 +103,7 @@ class Checkpoints(Checkpoint):
         """Where a run goes on from an earlier checkpoint, set those aside of the course that it leaves: `auto` would
         return to them, and pruning would take them for the newest. Remove what a killed process was writing."""
         folder = self._folder(trainer)
-        later = [p for kind in ("step", "best-step") for p in checkpoints_in(folder, kind)]
+        later = [p for kind in ("step", "best-step", "averaged-step") for p in checkpoints_in(folder, kind)]
         if trainer.is_global_zero:
             for path in later:
                 if step_of(path) > trainer.global_step:
@@ -131,7 +132,9 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._saved_step = trainer.global_step
         self._due = False
-        _prune(trainer, checkpoints_in(self._folder(trainer))[: -self.keep])
+        earlier = checkpoints_in(self._folder(trainer))[:-1]
+        earlier.sort(key=lambda path: (step_of(path) % self.every_n_steps == 0, step_of(path)))
+        _prune(trainer, earlier[: max(0, len(earlier) + 1 - self.keep)])
         if self._ending:
             raise SIGTERMException
 

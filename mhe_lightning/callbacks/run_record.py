@@ -92,13 +92,13 @@ class RunRecord(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and trainer.state.fn == TrainerFn.VALIDATING:
-            self._record_evaluation(trainer, "validate")
+            self._record_evaluation(trainer, pl_module, "validate")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self._record_evaluation(trainer, "test")
+            self._record_evaluation(trainer, pl_module, "test")
 
-    def _record_evaluation(self, trainer: Trainer, verb: str) -> None:
+    def _record_evaluation(self, trainer: Trainer, pl_module: LightningModule, verb: str) -> None:
         """Beside the training's own metrics: it may be of another checkpoint or with other settings."""
         folder = Path(trainer.default_root_dir)
         if trainer.ckpt_path is None:  # the end of a training too short for a validation of its own
@@ -106,6 +106,8 @@ class RunRecord(Callback):
             return
         data = yaml.safe_load(self.config)["data"]
         entry = {"checkpoint": str(trainer.ckpt_path), "metrics": _metrics(trainer), "data": data}
+        if signatures := getattr(pl_module, "signatures", None):
+            entry["signatures"] = dict(signatures)
         update_results(folder, {"evaluations": {verb: entry}})
 
     def _wall(self) -> float:

@@ -8,6 +8,7 @@ from mhe_lightning.data.masked_language_modeling import MaskedLanguageModelingDa
 from mhe_lightning.data.squad import SquadData
 from mhe_lightning.data.streaming import StreamedLanguageModelingData
 from mhe_lightning.data.superglue import SuperGlueData
+from mhe_lightning.data.translation import TranslationData
 
 __all__ = [
     "CorpusSpec",
@@ -18,5 +19,6 @@ __all__ = [
     "SquadData",
     "StreamedLanguageModelingData",
     "SuperGlueData",
+    "TranslationData",
     "verify_certificate",
 ]

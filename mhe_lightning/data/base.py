@@ -18,11 +18,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mhe_lightning.data.sampler import (
     EvaluationSampler,
+    Order,
     RowOrder,
     TrainingSampler,
     extend_chain,
+    order_from,
     replay_chain,
-    rows_per_rank,
 )
 
 Batch = dict[str, Any]
@@ -46,6 +47,9 @@ class ExactDataModule(LightningDataModule):
 
     with_epochs = False
     """Whether the training data set is asked for (row, epoch) rather than for a row."""
+
+    whole_evaluation_batches = False
+    """Whether evaluation deals out batches, not rows, to the ranks; ``eval_batch_size`` is then each rank's own."""
 
     def __init__(
         self,
@@ -101,6 +105,11 @@ class ExactDataModule(LightningDataModule):
         """Length of each training row, to batch rows of similar length; None takes them as they come."""
         return None
 
+    def order(self) -> Order:
+        """The stream of training rows, of which a micro-batch takes ``batch_size`` positions."""
+        n_rows = len(self.dataset("train"))  # type: ignore[arg-type]
+        return RowOrder(n_rows, self.seed, self.shuffle, self.row_lengths, self.batch_size)
+
     def collate(self, rows: list[Batch]) -> Batch:
         """The rows of a batch as one: tensors of one shape are stacked."""
         batch: Batch = default_collate(rows)
@@ -128,7 +137,7 @@ class ExactDataModule(LightningDataModule):
         self._begin_segment(rank, world_size)
         dataset = self.dataset("train")
         sampler = TrainingSampler(
-            self._order(),
+            self.order(),
             batch_size=self.batch_size,
             rank=rank,
             world_size=world_size,
@@ -150,9 +159,16 @@ class ExactDataModule(LightningDataModule):
         rank, world_size = self._rank_and_world()
         dataset = self.dataset(split)
         n_rows = len(dataset)  # type: ignore[arg-type]
-        size = -(-self.eval_batch_size // world_size) * world_size  # batch shapes are free here: round up
-        rows = self.evaluation_rows(split, n_rows)
-        sampler = EvaluationSampler(rows, batch_size=size, rank=rank, world_size=world_size)
+        size = self.eval_batch_size
+        if not self.whole_evaluation_batches:
+            size = -(-size // world_size) * world_size  # batch shapes are free here: round up
+        sampler = EvaluationSampler(
+            self.evaluation_rows(split, n_rows),
+            batch_size=size,
+            rank=rank,
+            world_size=world_size,
+            whole_batches=self.whole_evaluation_batches,
+        )
         return self._loader(dataset, sampler)
 
     def _loader(self, dataset: Dataset[Batch], sampler: TrainingSampler | EvaluationSampler) -> DataLoader[Batch]:
@@ -170,10 +186,6 @@ class ExactDataModule(LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
-
-    def _order(self) -> RowOrder:
-        n_rows = len(self.dataset("train"))  # type: ignore[arg-type]
-        return RowOrder(n_rows, self.seed, self.shuffle, self.row_lengths, self.batch_size)
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Among the ranks that see different data (tensor-parallel ranks share theirs)."""
@@ -198,14 +210,9 @@ class ExactDataModule(LightningDataModule):
         segments = [dict(segment) for segment in self._segments]
         if segments:
             segments[-1]["digests"] = _gather_digests(rank, segments[-1]["digests"])
-        order = self._order()
         return {
+            **self.order().state(),
             "consumed": self.consumed,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-            "n_rows": order.n_rows,
-            "lengths": None if order.lengths is None else torch.from_numpy(order.lengths),
-            "group": order.group,
             "fingerprint": self.fingerprint(),
             "segments": segments,
         }
@@ -218,19 +225,20 @@ class ExactDataModule(LightningDataModule):
                 f"the checkpoint was trained on data {state_dict['fingerprint']}, but these are "
                 f"{self.fingerprint()}; resume with the same corpus, tokenizer and block length, or start a new run"
             )
-        for name in ("seed", "shuffle"):
-            if state_dict[name] != getattr(self, name):
+        own = self.order().state()
+        for name in ("seed", "shuffle", "batch_tokens"):
+            if state_dict.get(name) != own.get(name):
                 raise ValueError(
-                    f"the checkpoint's row order has {name}={state_dict[name]}, the config says "
-                    f"{getattr(self, name)}; resume with {name} {state_dict[name]}, or start a new run"
+                    f"the checkpoint's row order has {name}={state_dict.get(name)}, the config says {own.get(name)}; "
+                    f"resume with {name} {state_dict.get(name)}, or start a new run"
                 )
         grouped = state_dict.get("lengths") is not None  # older checkpoints have none
-        if grouped != (self.row_lengths is not None):
+        if grouped != (own["lengths"] is not None):
             raise ValueError(
                 f"the checkpoint's rows are {'' if grouped else 'not '}grouped by length, the config's are "
                 f"{'not' if grouped else 'so'}; resume as they were, or start a new run"
             )
-        if grouped and state_dict["group"] != self.batch_size:
+        if grouped and state_dict.get("group") != own.get("group"):
             raise ValueError(
                 f"the checkpoint's rows are grouped by length in batches of {state_dict['group']}, the config's "
                 f"batch_size is {self.batch_size}; resume with batch_size {state_dict['group']}, or start a new run"
@@ -240,7 +248,7 @@ class ExactDataModule(LightningDataModule):
         self._untallied = []
 
     def _begin_segment(self, rank: int, world_size: int) -> None:
-        rows_per_rank(self.batch_size, world_size)
+        self.order().check_world(self.batch_size, world_size)
         self._tally()  # what was trained with another shape belongs to the segment before
         last = self._segments[-1] if self._segments else None
         shape = {"world_size": world_size, "batch_size": self.batch_size}
@@ -268,19 +276,13 @@ def verify_certificate(state: Mapping[str, Any]) -> int:
         state: the data module's state in a checkpoint.
 
     Returns:
-        The number of rows trained, each exactly as often and in the order that (seed, rows) define.
+        The number of positions of the stream that were trained (rows; batches, where they are cut by tokens), each
+        exactly as often and in the order that the seed defines.
 
     Raises:
         ValueError: a segment is missing, overlaps, or a digest differs: rows were skipped, repeated or reordered.
     """
-    lengths = state.get("lengths")  # older checkpoints have neither
-    order = RowOrder(
-        state["n_rows"],
-        state["seed"],
-        state["shuffle"],
-        None if lengths is None else lengths.numpy(),
-        state.get("group", 1),
-    )
+    order = order_from(state)
     position = 0
     for segment in state["segments"]:
         if segment["start"] != position:

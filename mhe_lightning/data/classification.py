@@ -14,7 +14,8 @@ import pyarrow
 import torch
 
 from mhe_lightning.data.base import Batch
-from mhe_lightning.data.finetuning import Example, FinetuningData, Row, pad
+from mhe_lightning.data.examples import Example, Row
+from mhe_lightning.data.finetuning import FinetuningData, pad_segments
 from mhe_lightning.data.sequences import SequenceFormat, TokenSequence
 
 Problem = Literal["classes", "value", "choice"]
@@ -218,7 +219,7 @@ class ClassificationData(FinetuningData):
     def collate(self, rows: list[Batch]) -> Batch:
         sequences = [sequence for row in rows for sequence in row["sequences"]]
         boundaries = [boundary for row in rows for boundary in row["boundaries"]]
-        batch: Batch = pad(sequences, boundaries)
+        batch: Batch = pad_segments(sequences, boundaries)
         labels = [math.nan if row["label"] is None else row["label"] for row in rows]
         batch["labels"] = torch.tensor(labels, dtype=torch.float64)
         batch["rows"] = torch.tensor([row["rows"] for row in rows])

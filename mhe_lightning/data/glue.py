@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mhe_lightning.data.classification import ClassificationData, TaskSpec, official_id, text_of, texts_in
-from mhe_lightning.data.finetuning import Example, Row
+from mhe_lightning.data.examples import Example, Row
 from mhe_lightning.data.sequences import SequenceFormat
 
 MNLI_LABELS = ("entailment", "neutral", "contradiction")

@@ -40,6 +40,11 @@ class HubDataset:
     def splits(self) -> tuple[str, ...]:
         return tuple(str(split) for split in self._load())
 
+    def columns(self, split: str) -> list[str] | None:
+        """Names of the columns of a split, where they are known before it is read."""
+        names: list[str] | None = self._load()[split].column_names
+        return names
+
     def tables(self, split: str, columns: Sequence[str], remedy: str = "its columns are") -> Iterator[pyarrow.Table]:
         """The rows of a split, some at a time, as Arrow tables of these columns.
 

@@ -107,7 +107,7 @@ class CorpusData(ExactDataModule):
 
     def describe(self) -> dict[str, Any]:
         """Where the data come from and how much there is, for the run's record."""
-        return {**self._description(), "epochs": round(self.consumed / self._order().n_rows, 4)}
+        return {**self._description(), "epochs": round(self.consumed / self.order().epoch_length, 4)}
 
     def _description(self) -> dict[str, Any]:
         manifest = self.corpus.manifest

@@ -21,7 +21,8 @@ from tokenizers import Encoding
 
 from mhe_lightning.data.base import Batch
 from mhe_lightning.data.classification import text_of, texts_in
-from mhe_lightning.data.finetuning import Example, FinetuningData, Row, pad
+from mhe_lightning.data.examples import Example, Row
+from mhe_lightning.data.finetuning import FinetuningData, pad_segments
 from mhe_lightning.data.sequences import SequenceFormat
 
 Version = Literal["v1", "v2"]
@@ -280,7 +281,7 @@ class SquadData(FinetuningData):
             }
 
     def collate(self, rows: list[Batch]) -> Batch:
-        batch: Batch = pad([row["tokens"] for row in rows], [row["boundary"] for row in rows])
+        batch: Batch = pad_segments([row["tokens"] for row in rows], [row["boundary"] for row in rows])
         allowed = np.zeros(batch["tokens"].shape, dtype=bool)
         central = np.zeros_like(allowed)
         batch["info"] = []

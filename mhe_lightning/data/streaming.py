@@ -102,7 +102,7 @@ class StreamedLanguageModelingData(LanguageModelingData):
             persistent_workers=self.read_ahead,
         )
 
-    def _order(self) -> RowOrder:
+    def order(self) -> RowOrder:
         return RowOrder(ENDLESS, self.seed, shuffle=False)
 
     def fingerprint(self) -> str:

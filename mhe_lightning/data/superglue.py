@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mhe_lightning.data.classification import ClassificationData, TaskSpec, official_id, text_of, texts_in
-from mhe_lightning.data.finetuning import Example, Row
+from mhe_lightning.data.examples import Example, Row
 from mhe_lightning.data.sequences import SequenceFormat, TokenSequence
 
 ENTAILMENT = ("entailment", "not_entailment")

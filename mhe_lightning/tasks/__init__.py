@@ -5,6 +5,7 @@ from mhe_lightning.tasks.classification import SequenceClassification
 from mhe_lightning.tasks.language_modeling import LanguageModeling
 from mhe_lightning.tasks.masked_language_modeling import MaskedLanguageModeling
 from mhe_lightning.tasks.question_answering import ExtractiveQuestionAnswering
+from mhe_lightning.tasks.translation import Translation
 
 __all__ = [
     "ExtractiveQuestionAnswering",
@@ -12,4 +13,5 @@ __all__ = [
     "MaskedLanguageModeling",
     "SequenceClassification",
     "Task",
+    "Translation",
 ]

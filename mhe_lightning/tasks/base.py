@@ -48,6 +48,9 @@ class Task(LightningModule):
     pretrains = False
     """Whether a head of this task's own is worth keeping when another training of the task begins from it."""
 
+    signatures: Mapping[str, str] = {}
+    """How scores were computed, by their name, where a score means little without; recorded beside them."""
+
     def __init__(
         self,
         net: nn.Module,

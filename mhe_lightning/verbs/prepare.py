@@ -24,7 +24,7 @@ def main(verb: str, args: list[str]) -> None:
         type=Optional[str],  # noqa: UP045 - jsonargparse on Python 3.10
         help="A pretraining run or checkpoint, whose tokenizer is taken where data.tokenizer is not set.",
     )
-    for key in ("model", "trainer", "checkpoints", "samples"):
+    for key in ("model", "trainer", "checkpoints", "averaging", "samples"):
         parser.add_argument(f"--{key}", type=Any, help="Accepted, so that a whole config fits; not used.")
     for key in ("name", "ckpt_path", "weights_only"):
         parser.add_argument(f"--{key}", help="Accepted, so that a whole config fits; not used.")

@@ -22,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from mhe_lightning import run
 from mhe_lightning.accounting import parameters_by_part
 from mhe_lightning.callbacks import (
+    AverageCheckpoints,
     Checkpoints,
     ExactResume,
     MetricsCSV,
@@ -105,7 +106,7 @@ class TrainCLI(LightningCLI):
             action.help = (
                 "A checkpoint file to go on from; 'auto' for the newest complete one of the run, if there is one."
                 if verb == "fit"
-                else "A checkpoint file; 'auto' or 'best' for the newest or the best complete one of the run."
+                else "A checkpoint file; 'auto', 'best' or 'averaged' for the run's newest, best or averaged one."
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -119,15 +120,17 @@ class TrainCLI(LightningCLI):
             "its tokenizer, where data.tokenizer is not set.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(AverageCheckpoints, "averaging")
         parser.add_lightning_class_args(Samples, "samples")
         parser.link_arguments("data.vocab_size", "model.init_args.net.init_args.vocab_size", apply_on="instantiate")
-        # of finetuning; skipped where a task has no such argument
-        for name in ("problem", "n_labels", "n_spans", "metrics", "unanswerable"):
+        # of finetuning and translation; skipped where a task has no such argument
+        for name in ("problem", "n_labels", "n_spans", "metrics", "unanswerable", "tokenizer", "end_token"):
             # not "data.<name>": where it is missing, jsonargparse prints the data module, which makes its loaders
             take = partial(_attribute, name=name)
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=take, apply_on="instantiate")
         parser.link_arguments("trainer.max_steps", "model.init_args.max_steps")
         parser.link_arguments("seed_everything", "data.init_args.seed")
+        parser.link_arguments("checkpoints.keep", "averaging.keep")
 
     # Before anything is built
 
@@ -138,8 +141,8 @@ class TrainCLI(LightningCLI):
         options.ckpt_path = run.resolve_checkpoint(options.ckpt_path, self.folder)
         if self.subcommand != "fit" and options.ckpt_path is None:
             raise UserError(
-                f"{self.subcommand} needs a trained model: give --ckpt_path, a file, or 'auto' or 'best' for the "
-                f"newest or the best checkpoint in {self.folder}"
+                f"{self.subcommand} needs a trained model: give --ckpt_path, a file, or 'auto', 'best' or 'averaged' "
+                f"for the newest, the best or the averaged checkpoint in {self.folder}"
             )
         begins_with = options.ckpt_path or (options.init_from if self.subcommand == "fit" else None)
         take_tokenizer(options.data.init_args, begins_with)
@@ -162,10 +165,16 @@ class TrainCLI(LightningCLI):
         data.prepare()
 
     def _compare_with_checkpoint(self, options: Namespace) -> None:
-        """The command line wins over the checkpoint; say where they differ."""
+        """The command line wins over the checkpoint; say where they differ. Refuse to train on from weights alone."""
         if options.ckpt_path is None or _rank() != 0:
             return
-        old = config_of(read_checkpoint(Path(options.ckpt_path)))
+        checkpoint = read_checkpoint(Path(options.ckpt_path))
+        if self.subcommand == "fit" and "optimizer_states" not in checkpoint:
+            raise UserError(
+                f"{options.ckpt_path} holds weights but no optimizer state, so `fit` cannot go on from it; "
+                f"begin a new run with --init_from {options.ckpt_path}"
+            )
+        old = config_of(checkpoint)
         new = yaml.safe_load(self._config_text())
         for key in ("config", "ckpt_path", "name", "init_from", "verbose"):
             old.pop(key, None)
@@ -292,6 +301,9 @@ class TrainCLI(LightningCLI):
         print("scores:   " + ", ".join(f"{k} {float(v):.4f}" for k, v in scores.items() if k.startswith("val/")))
         print(f"run:      {self.folder}")
         print(f"curves:   {self.folder / 'metrics.csv'}, or tensorboard --logdir {self.folder}")
+        averaged = self.config_init[self.subcommand].averaging.path
+        if averaged is not None:
+            print(f"averaged: {averaged}")
         if (self.folder / "samples.txt").is_file():
             print(f"samples:  {self.folder / 'samples.txt'}")
         print(f"results:  {self.folder / 'results.json'}")

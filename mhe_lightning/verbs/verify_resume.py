@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mhe_lightning.checkpoint import read_checkpoint, run_of
 from mhe_lightning.data import verify_certificate
+from mhe_lightning.data.sampler import order_from
 from mhe_lightning.data.streaming import ENDLESS
 from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.parsing import Parser, as_user_error
@@ -26,13 +27,15 @@ def main(verb: str, args: list[str]) -> None:
             if isinstance(state, dict) and "segments" in state and "consumed" in state
         ]
         if not states:
-            raise UserError(f"{path} has no certificate: its data module is not one of mhe_lightning's")
-        rows = verify_certificate(states[0])
+            raise UserError(f"{path} has no certificate: it is an average, or its data module is not ours")
+        order, trained = order_from(states[0]), verify_certificate(states[0])
     except ValueError as error:
         raise as_user_error(error) or error from error
-    n_rows, segments = states[0]["n_rows"], len(states[0]["segments"])
-    epochs = f"{rows / n_rows:.3f} epochs of {n_rows} rows" if n_rows < ENDLESS else "streamed"
+    segments = len(states[0]["segments"])
+    epochs = "streamed"
+    if order.epoch_length < ENDLESS:
+        epochs = f"{trained / order.epoch_length:.3f} epochs of {order.epoch_length} {order.unit}"
     print(
-        f"{path}: {rows} rows trained in the order of seed {states[0]['seed']}, none skipped, none repeated "
+        f"{path}: {trained} {order.unit} trained in the order of seed {states[0]['seed']}, none skipped, none repeated "
         f"({epochs}, {segments} segment{'s' if segments != 1 else ''})"
     )

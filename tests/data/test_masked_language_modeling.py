@@ -233,7 +233,7 @@ def batches(loader, count: int | None = None) -> list[dict]:
 
 def test_training_batches_are_the_rows_in_the_masks_of_their_epoch(prose, prepared):
     data = module(prose, prepared, batch_size=64, document_mask=True)
-    dataset, order = data.dataset("train"), data._order()
+    dataset, order = data.dataset("train"), data.order()
     assert 2 * 64 < len(dataset) < 8 * 64
     position = 0
     for batch in islice(data.train_dataloader(), 8):  # into the second epoch

@@ -1,0 +1,220 @@
+"""Beam search with an encoder-decoder over its KV caches."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mhe_lightning.models.encoder_decoder import EncoderDecoder
+
+
+class Hypothesis(NamedTuple):
+    """A finished output of `beam_search`.
+
+    Args:
+        tokens: token ids, without the start and the end token.
+        log_probability: of the tokens and the end token given the source, in nats.
+        score: ``log_probability`` divided by the length penalty; a higher one is better.
+    """
+
+    tokens: list[int]
+    log_probability: float
+    score: float
+
+
+@torch.inference_mode()
+def beam_search(
+    net: EncoderDecoder,
+    tokens: Tensor,
+    padding: Tensor | None = None,
+    *,
+    start_token: int,
+    end_token: int,
+    beam_size: int = 4,
+    length_penalty: float = 0.6,
+    extra_tokens: int = 50,
+    n_best: int = 1,
+    early_stop: bool = True,
+) -> list[list[Hypothesis]]:
+    """The most likely outputs for each source, as far as a beam finds them.
+
+    In each step the live hypotheses of a source (at first the empty one) are extended by every token. The first
+    2 × ``beam_size`` extensions by log-probability are looked at in order, equal ones in the order of their hypothesis
+    and then of their token id. An end token among the first ``beam_size`` of them finishes its hypothesis; the first
+    ``beam_size`` that are not the end stay alive. The search ends when ``beam_size`` hypotheses have finished, or when
+    the live ones are as long as allowed: then the end token follows, whatever its probability, which counts. Finished
+    hypotheses are ordered by ``log p / ((5 + n) / 6)^α``, n being the number of tokens with the end token; of equal
+    ones the one finished earlier comes first. A beam of 1 is greedy decoding.
+
+    Every source is searched as if it were alone; those that are done leave the batch. The caches of self-attention hold
+    a row per hypothesis, those of cross-attention a row per source.
+
+    Source: the search is fairseq's (``SequenceGenerator``; Ott et al. 2019, arXiv 1904.01038), which has one limit for
+    a batch where this has one for each source. The length penalty is eq. 14 of Wu et al. 2016, arXiv 1609.08144,
+    without its coverage penalty.
+
+    Args:
+        net: the model, in eval mode.
+        tokens: (B, S) token ids of the sources, each with its end token, padded on the right.
+        padding: (B, S) boolean, True = a real token; all are real if not given.
+        start_token: the first token that the decoder reads.
+        end_token: the token that finishes a hypothesis.
+        beam_size: live hypotheses per source, and finished ones that end its search.
+        length_penalty: α; 0 orders by log-probability, more favours longer outputs.
+        extra_tokens: a source of L tokens and an end token gives at most L + ``extra_tokens`` tokens and an end token,
+            and never more than the decoder has positions for, ``net.max_length`` - 1.
+        n_best: hypotheses to return per source.
+        early_stop: end the search for a source as soon as no live hypothesis can come among the ``n_best`` any more;
+            this changes no result.
+
+    Returns:
+        The hypotheses of each source, best first: ``n_best``, or fewer where there are fewer within the limit.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit, or the net's logits are such that nothing can be found.
+    """
+    _check(net, tokens, padding, start_token, end_token, beam_size, length_penalty, extra_tokens, n_best)
+    lengths = [tokens.shape[1]] * len(tokens) if padding is None else padding.sum(1).tolist()
+    limits = [min(length - 1 + extra_tokens, net.max_length - 1) for length in lengths]
+    finished: list[list[Hypothesis]] = [[] for _ in limits]
+    left = list(range(len(limits)))  # numbers of the sources that are still searched, B of them
+    source = net.encode(tokens, padding)
+    caches = net.new_caches(tokens.shape[1], max(limits) + 1)
+    not_end = torch.arange(net.vocab_size, device=tokens.device) != end_token
+    prefixes = tokens.new_full((len(left), 1, 1), start_token)  # (B, k, length + 1), k live hypotheses per source
+    totals = source.new_zeros(len(left), 1, dtype=torch.promote_types(source.dtype, torch.float32))  # (B, k)
+    for length in range(max(limits) + 1):
+        beams = prefixes.shape[1]
+        hidden = net.decode(prefixes[:, :, -1:].flatten(0, 1), source, padding, caches)  # (B·k, 1, D)
+        scores = net.logits(hidden[:, -1]).log_softmax(-1, dtype=totals.dtype).unflatten(0, (-1, beams))  # (B, k, V)
+        scores = scores + totals[:, :, None]
+        full = [limits[number] == length for number in left]
+        if any(full):
+            scores.masked_fill_(torch.tensor(full, device=scores.device)[:, None, None] & not_end, -math.inf)
+        values, indices = _first(scores.flatten(1), 2 * beam_size)
+        if values.isnan().any():
+            raise ValueError("the net's logits are not numbers (NaN); look for NaN or infinity among its weights")
+        parents, chosen = indices // net.vocab_size, indices % net.vocab_size
+        possible, ends = values > -math.inf, chosen == end_token
+
+        rows, ranks = (possible & ends)[:, :beam_size].nonzero(as_tuple=True)
+        texts = prefixes[rows, parents[rows, ranks], 1:].tolist()
+        for row, text, total in zip(rows.tolist(), texts, values[rows, ranks].tolist(), strict=True):
+            if len(finished[left[row]]) < beam_size:
+                score = total / _penalty(length + 1, length_penalty)
+                finished[left[row]].append(Hypothesis(text, total, score))
+
+        # A hypothesis has one extension by the end token, so at least half of the extensions are others. Where fewer
+        # than beam_size are possible, impossible ones fill up: they stay at probability 0.
+        live = possible & ~ends
+        places = (~live).byte().sort(dim=1, stable=True).indices[:, :beam_size]
+        totals = values.masked_fill(~live, -math.inf).gather(1, places)
+        parents, chosen = parents.gather(1, places), chosen.gather(1, places)
+
+        staying = [
+            row
+            for row, (number, best) in enumerate(zip(left, totals[:, 0].tolist(), strict=True))
+            if length < limits[number]
+            and len(finished[number]) < beam_size
+            and best > -math.inf
+            # log-probabilities only fall, and no penalty is higher than that of the longest
+            and not (
+                early_stop
+                and len(finished[number]) >= n_best
+                and _ranked(finished[number])[n_best - 1].score >= best / _penalty(limits[number] + 1, length_penalty)
+            )
+        ]
+        if not staying:
+            break
+        kept = torch.tensor(staying, device=tokens.device)
+        if len(staying) < len(left):
+            left = [left[row] for row in staying]
+            source, padding = source[kept], None if padding is None else padding[kept]
+            totals, parents, chosen = totals[kept], parents[kept], chosen[kept]
+            for cache in caches:
+                cache.source.reorder(kept)
+        for cache in caches:
+            cache.own.reorder((kept[:, None] * beams + parents).flatten())
+        prefixes = torch.cat([prefixes[kept[:, None], parents], chosen[:, :, None]], dim=2)
+    for number, hypotheses in enumerate(finished):
+        if not hypotheses:
+            raise ValueError(
+                f"the end token ({end_token}) has probability 0 wherever source {number} might end; "
+                "let the net's logits be finite"
+            )
+    return [_ranked(hypotheses)[:n_best] for hypotheses in finished]
+
+
+def _penalty(length: int, alpha: float) -> float:
+    """By which the log-probability of ``length`` tokens, with the end token, is divided."""
+    return float(((5 + length) / 6) ** alpha)
+
+
+def _ranked(hypotheses: list[Hypothesis]) -> list[Hypothesis]:
+    """Best first; equal ones stay as they were, in the order in which they finished."""
+    return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)
+
+
+def _first(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The ``n`` highest (all, if fewer) of each row of ``scores`` (B, M) in order, equal ones by their index.
+
+    Returns:
+        Values and indices, each (B, min(n, M)). Those of -∞ come last, in any order.
+    """
+    # Which of equal numbers topk takes, and their order, is not specified. If the n-th and the next are different, it
+    # has taken the right ones. If they are equal there may be any number of such, so that row is sorted as a whole.
+    values, indices = scores.topk(min(n + 1, scores.shape[1]))
+    indices, order = indices.sort(dim=1)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    indices = indices.gather(1, order)
+    if values.shape[1] > n:
+        tied = (values[:, n] == values[:, n - 1]) & (values[:, n] > -math.inf)
+        if tied.any():
+            values[tied], indices[tied] = (
+                found[:, : n + 1] for found in scores[tied].sort(dim=1, descending=True, stable=True)
+            )
+    return values[:, :n], indices[:, :n]
+
+
+def _check(
+    net: EncoderDecoder,
+    tokens: Tensor,
+    padding: Tensor | None,
+    start_token: int,
+    end_token: int,
+    beam_size: int,
+    length_penalty: float,
+    extra_tokens: int,
+    n_best: int,
+) -> None:
+    for name, token in (("start_token", start_token), ("end_token", end_token)):
+        if not 0 <= token < net.vocab_size:
+            raise ValueError(f"{name} ({token}) must be a token of the vocabulary, 0 to {net.vocab_size - 1}")
+    if beam_size < 1:
+        raise ValueError(f"beam_size ({beam_size}) must be at least 1; 1 is greedy")
+    if not 1 <= n_best <= beam_size:
+        raise ValueError(f"n_best ({n_best}) must be from 1 to beam_size ({beam_size}); use a larger beam for more")
+    if not 0 <= length_penalty < math.inf:
+        raise ValueError(f"length_penalty ({length_penalty}) must be a number from 0; 0 switches it off")
+    if extra_tokens < 0:
+        raise ValueError(f"extra_tokens ({extra_tokens}) must not be negative; 0 allows as many as the source has")
+    if tokens.ndim != 2 or not tokens.numel():
+        raise ValueError(
+            f"tokens has shape {tuple(tokens.shape)}; it must be (B, S) with at least one source and token"
+        )
+    if padding is None:
+        return
+    if padding.shape != tokens.shape or padding.dtype != torch.bool:
+        raise ValueError(
+            f"padding has shape {tuple(padding.shape)} and dtype {padding.dtype}; it must be {tuple(tokens.shape)}, "
+            "the shape of tokens, and torch.bool with True = a real token"
+        )
+    for row, real in enumerate(padding.any(1).tolist()):
+        if not real:
+            raise ValueError(f"source {row} has no real token; leave it out, or give it its end token")
+    for row, left in enumerate((padding[:, 1:] & ~padding[:, :-1]).any(1).tolist()):
+        if left:
+            raise ValueError(f"source {row} has padding before a real token; pad on the right")
