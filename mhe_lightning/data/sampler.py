@@ -186,7 +186,7 @@ class TokenBatchOrder:
         while start < len(ascending):
             longest = max(int(ascending[start] * BUCKET_GROWTH), int(ascending[start]) + 1)
             stop = int(np.searchsorted(ascending, longest, side="right"))
-            # only while one batch holds all, since the next row is the longest: a far longer one would need many batches
+            # only while one batch holds all with the next row, the longest: a far longer one would need many batches
             while stop < len(ascending) and stop - start < self.batch_tokens // ascending[stop]:
                 stop += 1
             n_batches = -(-(stop - start) // (self.batch_tokens // int(ascending[stop - 1])))

@@ -107,8 +107,7 @@ def compound_split_bleu(hypotheses: Sequence[str], references: Sequence[str], la
         TypeError: as for `bleu`.
     """
     _check_sentences(hypotheses, references)
-    if not re.fullmatch("[a-z]{2}", language):
-        raise ValueError(f"language ({language!r}) must be a code of two lower-case letters, such as 'de' for German")
+    _check_language(language)
     sacrebleu, sacremoses = _library("sacrebleu"), _library("sacremoses")
     replace = sacremoses.MosesPunctNormalizer().replace_unicode_punct
     tokenize = sacremoses.MosesTokenizer(language).tokenize
@@ -132,18 +131,24 @@ def _split_hyphens(text: str) -> str:
     return HYPHEN.sub(r"\1 ##AT##-##AT## \2", text)
 
 
-def require_scorers(tokenized: bool = False) -> None:
+def require_scorers(compound_split: str | None = None) -> None:
     """Finds out before a long computation whether its translations can be scored.
 
     Args:
-        tokenized: whether `compound_split_bleu` is needed too.
+        compound_split: the ``language`` of `compound_split_bleu`, where that is needed too.
 
     Raises:
-        ValueError: sacrebleu cannot be imported or, where it is needed, sacremoses.
+        ValueError: sacrebleu cannot be imported or, where it is needed, sacremoses, or there is no such language.
     """
     _library("sacrebleu")
-    if tokenized:
+    if compound_split is not None:
+        _check_language(compound_split)
         _library("sacremoses")
+
+
+def _check_language(language: str) -> None:
+    if not re.fullmatch("[a-z]{2}", language):
+        raise ValueError(f"language ({language!r}) must be a code of two lower-case letters, such as 'de' for German")
 
 
 def _library(name: str) -> ModuleType:

@@ -41,20 +41,23 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """The most likely outputs for each source, as far as a beam finds them.
 
-    In each step the live hypotheses of a source (at first the empty one) are extended by every token. The first
-    2 × ``beam_size`` extensions by log-probability are looked at in order, equal ones in the order of their hypothesis
-    and then of their token id. An end token among the first ``beam_size`` of them finishes its hypothesis; the first
-    ``beam_size`` that are not the end stay alive. The search ends when ``beam_size`` hypotheses have finished, or when
-    the live ones are as long as allowed: then the end token follows, whatever its probability, which counts. Finished
-    hypotheses are ordered by ``log p / ((5 + n) / 6)^α``, n being the number of tokens with the end token; of equal
-    ones the one finished earlier comes first. A beam of 1 is greedy decoding.
+    In each step the live hypotheses of a source (at first the empty one) are extended by every token, and the best
+    extensions by log-probability are kept: ``beam_size`` of them, less those that have finished before. Equal ones come
+    in the order of their hypothesis and then of their token id. An extension by the end token has finished. The search
+    ends when ``beam_size`` hypotheses have, or when the live ones are as long as allowed: then the end token follows,
+    whatever its probability, which counts. Finished hypotheses are ordered by ``log p / ((5 + n) / 6)^α``, n being the
+    number of tokens with the end token; of equal ones the one finished earlier comes first. A beam of 1 is greedy
+    decoding; a beam as large as the number of possible hypotheses finds the best there are.
+
+    A hypothesis that finishes takes its place in the beam, not a second one beside it: unlikely short ones, of which a
+    well-trained model has some in every step, cannot end the search while a likely one is live.
 
     Every source is searched as if it were alone; those that are done leave the batch. The caches of self-attention hold
     a row per hypothesis, those of cross-attention a row per source.
 
-    Source: the search is fairseq's (``SequenceGenerator``; Ott et al. 2019, arXiv 1904.01038), which has one limit for
-    a batch where this has one for each source. The length penalty is eq. 14 of Wu et al. 2016, arXiv 1609.08144,
-    without its coverage penalty.
+    Source: the search with a shrinking beam is that of Sutskever et al. 2014, section 3.2, arXiv 1409.3215; here each
+    source has its own limit. The length penalty is eq. 14 of Wu et al. 2016, arXiv 1609.08144, without its coverage
+    penalty.
 
     Args:
         net: the model, in eval mode.
@@ -62,7 +65,7 @@ def beam_search(
         padding: (B, S) boolean, True = a real token; all are real if not given.
         start_token: the first token that the decoder reads.
         end_token: the token that finishes a hypothesis.
-        beam_size: live hypotheses per source, and finished ones that end its search.
+        beam_size: hypotheses per source, live and finished ones together.
         length_penalty: α; 0 orders by log-probability, more favours longer outputs.
         extra_tokens: a source of L tokens and an end token gives at most L + ``extra_tokens`` tokens and an end token,
             and never more than the decoder has positions for, ``net.max_length`` - 1.
@@ -94,31 +97,30 @@ def beam_search(
         full = [limits[number] == length for number in left]
         if any(full):
             scores.masked_fill_(torch.tensor(full, device=scores.device)[:, None, None] & not_end, -math.inf)
-        values, indices = _first(scores.flatten(1), 2 * beam_size)
+        values, indices = _first(scores.flatten(1), beam_size)
         if values.isnan().any():
             raise ValueError("the net's logits are not numbers (NaN); look for NaN or infinity among its weights")
         parents, chosen = indices // net.vocab_size, indices % net.vocab_size
-        possible, ends = values > -math.inf, chosen == end_token
+        places = torch.tensor([beam_size - len(finished[number]) for number in left], device=tokens.device)
+        taken = (values > -math.inf) & (torch.arange(values.shape[1], device=tokens.device) < places[:, None])
+        ends = chosen == end_token
 
-        rows, ranks = (possible & ends)[:, :beam_size].nonzero(as_tuple=True)
+        rows, ranks = (taken & ends).nonzero(as_tuple=True)
         texts = prefixes[rows, parents[rows, ranks], 1:].tolist()
         for row, text, total in zip(rows.tolist(), texts, values[rows, ranks].tolist(), strict=True):
-            if len(finished[left[row]]) < beam_size:
-                score = total / _penalty(length + 1, length_penalty)
-                finished[left[row]].append(Hypothesis(text, total, score))
+            score = total / _penalty(length + 1, length_penalty)
+            finished[left[row]].append(Hypothesis(text, total, score))
 
-        # A hypothesis has one extension by the end token, so at least half of the extensions are others. Where fewer
-        # than beam_size are possible, impossible ones fill up: they stay at probability 0.
-        live = possible & ~ends
-        places = (~live).byte().sort(dim=1, stable=True).indices[:, :beam_size]
-        totals = values.masked_fill(~live, -math.inf).gather(1, places)
-        parents, chosen = parents.gather(1, places), chosen.gather(1, places)
+        # Live ones first. Where a source has fewer than another, impossible ones fill up, and stay so.
+        live = taken & ~ends
+        order = (~live).byte().sort(dim=1, stable=True).indices[:, : max(1, int(live.sum(1).max()))]
+        totals = values.masked_fill(~live, -math.inf).gather(1, order)
+        parents, chosen = parents.gather(1, order), chosen.gather(1, order)
 
         staying = [
             row
             for row, (number, best) in enumerate(zip(left, totals[:, 0].tolist(), strict=True))
             if length < limits[number]
-            and len(finished[number]) < beam_size
             and best > -math.inf
             # log-probabilities only fall, and no penalty is higher than that of the longest
             and not (
@@ -179,6 +181,18 @@ def _first(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return values[:, :n], indices[:, :n]
 
 
+def check_search(beam_size: int, length_penalty: float, extra_tokens: int, n_best: int) -> None:
+    """Raise a ValueError unless `beam_search` takes these settings."""
+    if beam_size < 1:
+        raise ValueError(f"beam_size ({beam_size}) must be at least 1; 1 is greedy")
+    if not 1 <= n_best <= beam_size:
+        raise ValueError(f"n_best ({n_best}) must be from 1 to beam_size ({beam_size}); use a larger beam for more")
+    if not 0 <= length_penalty < math.inf:
+        raise ValueError(f"length_penalty ({length_penalty}) must be a number from 0; 0 switches it off")
+    if extra_tokens < 0:
+        raise ValueError(f"extra_tokens ({extra_tokens}) must not be negative; 0 allows as many as the source has")
+
+
 def _check(
     net: EncoderDecoder,
     tokens: Tensor,
@@ -193,14 +207,7 @@ def _check(
     for name, token in (("start_token", start_token), ("end_token", end_token)):
         if not 0 <= token < net.vocab_size:
             raise ValueError(f"{name} ({token}) must be a token of the vocabulary, 0 to {net.vocab_size - 1}")
-    if beam_size < 1:
-        raise ValueError(f"beam_size ({beam_size}) must be at least 1; 1 is greedy")
-    if not 1 <= n_best <= beam_size:
-        raise ValueError(f"n_best ({n_best}) must be from 1 to beam_size ({beam_size}); use a larger beam for more")
-    if not 0 <= length_penalty < math.inf:
-        raise ValueError(f"length_penalty ({length_penalty}) must be a number from 0; 0 switches it off")
-    if extra_tokens < 0:
-        raise ValueError(f"extra_tokens ({extra_tokens}) must not be negative; 0 allows as many as the source has")
+    check_search(beam_size, length_penalty, extra_tokens, n_best)
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(
             f"tokens has shape {tuple(tokens.shape)}; it must be (B, S) with at least one source and token"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mhe_lightning.distributed import gather_rows
 from mhe_lightning.metrics.translation import bleu, chrf, compound_split_bleu, require_scorers
-from mhe_lightning.models.beam_search import Hypothesis, beam_search
+from mhe_lightning.models.beam_search import Hypothesis, beam_search, check_search
 from mhe_lightning.models.loss import IGNORE
 from mhe_lightning.tasks.base import Task, tokens_read
 
@@ -26,8 +26,8 @@ class Translation(Task):
 
     In training the decoder reads the right translation, shifted by one token, and predicts each of its tokens and its
     end; ``train/loss`` is the cross-entropy with label smoothing, in nats per target token. Over a whole evaluation
-    set: ``loss`` (without smoothing) and ``ppl``; ``bleu`` and ``chrf``, those of sacreBLEU on detokenised text, with the
-    older ``compound_split_bleu`` where asked for, in per cent; and ``score``, which is ``bleu``, under ``val/`` and
+    set: ``loss`` (without smoothing) and ``ppl``; ``bleu`` and ``chrf``, those of sacreBLEU on detokenised text, with
+    the older ``compound_split_bleu`` where asked for, in per cent; and ``score``, which is ``bleu``, under ``val/`` and
     ``test/``. The signatures that BLEU means nothing without are printed, and recorded in `results.json`. An empty
     source has an empty translation. Pairs whose target is hidden are translated, but count for none of these.
 
@@ -73,14 +73,10 @@ class Translation(Task):
             raise ValueError(f"{type(net).__name__} has no encoder and decoder; Translation needs an EncoderDecoder")
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f"label_smoothing ({label_smoothing}) must be in [0, 1); 0 switches it off")
-        if beam_size < 1 or fit_beam_size < 0:
-            raise ValueError(
-                f"beam_size ({beam_size}) must be at least 1 (greedy), fit_beam_size ({fit_beam_size}) at least 0 "
-                "(no translations during fit)"
-            )
-        if not 1 <= n_best <= beam_size:
-            raise ValueError(f"n_best ({n_best}) must be from 1 to beam_size ({beam_size})")
-        require_scorers(tokenized=compound_split is not None)
+        if fit_beam_size < 0:
+            raise ValueError(f"fit_beam_size ({fit_beam_size}) must be at least 0, which translates nothing during fit")
+        check_search(beam_size, length_penalty, extra_tokens, n_best)
+        require_scorers(compound_split)
         self.tokenizer = tokenizer
         self.end_token = end_token
         self.label_smoothing = label_smoothing
@@ -156,10 +152,11 @@ class Translation(Task):
             self.log_evaluation(split, {"hidden_labels": float(len(rows))})
             return
         # rows come in the order of their numbers: the sums are the same on any number of ranks
-        loss = math.fsum(row["loss"] for row in known) / sum(row["targets"] for row in known)
-        self.log_evaluation(split, {"loss": loss, "ppl": math.exp(loss), **self._scores(known)})
+        mean = math.fsum(row["loss"] for row in known) / sum(row["targets"] for row in known)
+        loss = torch.tensor(mean, dtype=torch.float64)  # a loss that has diverged has an infinite perplexity
+        self.log_evaluation(split, {"loss": loss, "ppl": loss.exp(), **self._scores(known)})
 
-    def _scores(self, rows: list[Row]) -> dict[str, float]:
+    def _scores(self, rows: list[Row]) -> dict[str, Tensor | float]:
         if rows[0]["hypothesis"] is None:
             return {}
         hypotheses, references = [row["hypothesis"] for row in rows], [row["reference"] for row in rows]

@@ -61,7 +61,7 @@ def constant_net(logits: list[float]) -> EncoderDecoder:
         net.decoder_blocks[-1].norm_2.weight.zero_()
         net.decoder_blocks[-1].norm_2.bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))  # the hidden state of every token
         net.head.weight.zero_()
-        net.head.weight[:, 0] = torch.tensor(logits)
+        net.head.weight[:, 0] = torch.tensor(logits, dtype=torch.float64)
     return net
 
 
@@ -122,15 +122,14 @@ def literal(net: EncoderDecoder, source: list[int], *, beam: int, alpha: float, 
             for token, log_p in enumerate(row)
             if token == END or length < limit
         )
-        going_on = []
-        for rank, (negative, number, token) in enumerate(extensions[: 2 * beam]):
-            prefix = live[number][1]
-            if token != END:
-                going_on.append((-negative, [*prefix, token]))
-            elif rank < beam and len(finished) < beam:
+        before, live = live, []
+        for negative, number, token in extensions[: beam - len(finished)]:
+            prefix = before[number][1]
+            if token == END:
                 finished.append(Hypothesis(prefix, -negative, -negative / penalty(length + 1, alpha)))
-        live = going_on[:beam]
-        if len(finished) == beam:
+            else:
+                live.append((-negative, [*prefix, token]))
+        if not live:
             break
     return sorted(finished, key=lambda hypothesis: hypothesis.score, reverse=True)  # stable
 
@@ -247,7 +246,7 @@ def test_equal_extensions_are_taken_in_the_order_of_hypothesis_and_token(beam, e
 def test_of_equal_scores_the_one_finished_earlier_is_better():
     net = constant_net([-1e4, -50.0, 0.0, -1e4])  # token 2 has log-probability 0, the end -50, to the last bit
     options = {"beam_size": 3, "length_penalty": 0.0}
-    expected = [Hypothesis([2] * length, -50.0, -50.0) for length in range(3)]
+    expected = [Hypothesis([2] * length, -50.0, -50.0) for length in (0, 1, 5)]  # the last place is for the longest
     assert search(net, [[3]], n_best=3, **options) == [expected]
     for early_stop in (True, False):
         assert search(net, [[3]], **options, early_stop=early_stop) == [expected[:1]]
@@ -279,21 +278,39 @@ def test_a_long_hypothesis_may_overtake_an_early_one(early_stop):
     assert best.score == pytest.approx((30 * math.log(0.28) + math.log(0.16)) / 36, abs=1e-10)
 
 
-def test_the_beam_stays_full_when_all_of_it_could_end():
-    # after the second step the order is 2 2, 2 end, 3 end, 3 3: the second ends, the third is too late to
-    steps = iter(
+def by_step(steps: list[list[list[float]]]) -> EncoderDecoder:
+    """A net whose live hypotheses have these probabilities in each step, whatever it reads."""
+    net, rows = constant_net([0.0] * len(steps[0][0])), iter(steps)
+    net.logits = lambda hidden: torch.tensor(next(rows), dtype=torch.float64).log()
+    return net
+
+
+def test_a_finished_hypothesis_takes_a_place_in_the_beam():
+    # after the second step the order is 2 2, 2 end, 3 end, 3 3: the first goes on and the second ends, in two places
+    net = by_step(
         [
             [[0.02, 0.06, 0.5, 0.4, 0.02]],
             [[0.02, 0.45, 0.5, 0.02, 0.01], [0.02, 0.5, 0.02, 0.42, 0.04]],
-            [[0.4, 0.01, 0.3, 0.2, 0.09], [0.02, 0.9, 0.02, 0.02, 0.04]],
+            [[0.4, 0.01, 0.3, 0.2, 0.09]],
         ]
     )
-    net = constant_net([0.0] * 5)
-    net.logits = lambda hidden: torch.tensor(next(steps), dtype=torch.float64).log()
     ((*found,),) = search(net, [[3]], beam_size=2, n_best=2, length_penalty=0.0, extra_tokens=2)
-    assert [hypothesis.tokens for hypothesis in found] == [[2], [3, 3]]
+    assert [hypothesis.tokens for hypothesis in found] == [[2], [2, 2]]
     assert math.exp(found[0].log_probability) == pytest.approx(0.5 * 0.45)
-    assert math.exp(found[1].log_probability) == pytest.approx(0.4 * 0.42 * 0.9)
+    assert math.exp(found[1].log_probability) == pytest.approx(0.5 * 0.5 * 0.01)
+
+
+@pytest.mark.parametrize("beam", [1, 2, 3, 4, 8])
+def test_unlikely_short_hypotheses_do_not_end_the_search_for_a_likely_one(beam):
+    going_on, ending = [0.01, 0.02, 0.96, 0.01], [0.005, 0.99, 0.0025, 0.0025]
+    net = constant_net([0.0] * 4)
+    calls = iter(range(100))
+    net.logits = lambda hidden: (
+        torch.tensor(going_on if next(calls) < 6 else ending, dtype=torch.float64).log().expand(len(hidden), 4)
+    )
+    ((best,),) = search(net, [[3]], beam_size=beam, extra_tokens=20)
+    assert best.tokens == [2] * 6
+    assert math.exp(best.log_probability) == pytest.approx(0.96**6 * 0.99)
 
 
 def test_ending_early_saves_steps(monkeypatch):
