@@ -257,7 +257,7 @@ class ExactDataModule(LightningDataModule):
             self._segments.append({**shape, "start": self.consumed, "stop": self.consumed, "digests": digests})
 
     def _tally(self) -> None:
-        if not self._segments:
+        if not self._untallied:  # of a segment on fewer ranks, this one may have none
             return
         rank, _ = self._rank_and_world()
         segment = self._segments[-1]
