@@ -87,8 +87,11 @@ def _best(scores: Mapping[tuple[str, str], float]) -> dict[str, str]:
 
 def read(path: str, subset: str | None, split: str, source: str, target: str) -> list[tuple[str, str]]:
     """The pairs of a split."""
-    rows = (row for table in open_hub_dataset(path, subset).tables(split, [COLUMN]) for row in table.to_pylist())
-    return [(row[COLUMN][source], row[COLUMN][target]) for row in rows]
+    dataset = open_hub_dataset(path, subset)
+    known = dataset.columns(split)
+    columns = [source, target] if known is not None and COLUMN not in known else [COLUMN]
+    rows = (row.get(COLUMN, row) for table in dataset.tables(split, columns) for row in table.to_pylist())
+    return [(row[source], row[target]) for row in rows]
 
 
 def main() -> None:

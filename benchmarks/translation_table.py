@@ -80,7 +80,7 @@ def attention_of(spec: dict[str, Any]) -> str:
     """Name of an attention by its class and what makes a variant of it."""
     name = spec["class_path"].rpartition(".")[2].lower()
     combine = spec.get("init_args", {}).get("combine")
-    return f"{name}-{combine}" if combine else name
+    return f"{name}_{combine[:3]}" if combine else name  # as the files in configs/attention
 
 
 if __name__ == "__main__":

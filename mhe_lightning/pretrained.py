@@ -42,8 +42,8 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
     theirs = checkpoint[RECORD].get(TOKENIZER_HASH)
     if theirs is not None and tokenizer_sha256 is not None and theirs != tokenizer_sha256:
         differences.append(
-            f"the tokenizer is {theirs[:12]}… there and {tokenizer_sha256[:12]}… here (leave out data.tokenizer to "
-            "take the checkpoint's)"
+            f"the tokenizer is {theirs[:12]}… there and {tokenizer_sha256[:12]}… here (data.tokenizer null takes "
+            "the checkpoint's)"
         )
     if differences:
         raise ValueError(f"{path} does not fit this config: " + "; ".join(differences))

@@ -179,7 +179,7 @@ def test_another_tokenizer_is_refused(pretrained, tiny_classifier, command, tmp_
     code, _, err = command("fit", "--config", path, "--init_from", str(pretrained.encoder))
     assert code == 2
     assert "this config: the tokenizer is " in err
-    assert "leave out data.tokenizer to take the checkpoint's" in err
+    assert "data.tokenizer null takes the checkpoint's" in err
     assert not (tmp_path / "runs/rte/checkpoints").exists()
 
 

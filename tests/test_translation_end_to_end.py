@@ -60,7 +60,9 @@ def test_fit_test_and_predict_agree_and_state_how_they_scored(trained, command, 
     assert command("predict", "--config", path, "--ckpt_path", "auto")[0] == 0
     found = hypotheses_of(folder)
     assert len(found) == len(sentences)
-    assert evaluation["metrics"]["test/bleu"] == pytest.approx(bleu(found, [s["de"] for s in sentences]).value, abs=1e-5)
+    assert evaluation["metrics"]["test/bleu"] == pytest.approx(
+        bleu(found, [s["de"] for s in sentences]).value, abs=1e-5
+    )
 
 
 def test_translate_gives_what_predict_gives_line_by_line(trained, command, sentences):
@@ -155,7 +157,9 @@ def test_two_ranks_train_score_and_translate_as_one_does(tiny_translation, paral
     )
     log, found = tmp_path / "log", []
     for name, ranks, more in (("one", 1, []), ("two", 2, ON_TWO)):
-        assert run(["fit", "--config", path, "--name", name, *more], ranks=ranks, log=log) == [0] * ranks, log.read_text()
+        assert run(["fit", "--config", path, "--name", name, *more], ranks=ranks, log=log) == [0] * ranks, (
+            log.read_text()
+        )
     one, two = tmp_path / "runs/one", tmp_path / "runs/two"
     for column in ("train/loss", "val/loss"):
         losses = {step: float(value) for step, value in logged(one, column).items()}

@@ -39,7 +39,7 @@ class TranslationData(ExampleData):
         batch_tokens: most tokens of a micro-batch's sources, and of its targets, over all ranks.
         seed: of the order of the pairs; linked to ``seed_everything``.
         tokenizer: "bpe" (byte-level) or "unigram" to train one on the training split, both languages together, or the
-            path of a tokenizer.json. Not set, it is that of ``init_from`` or of the run that goes on.
+            path of a tokenizer.json. null takes that of ``init_from`` or of the run that goes on.
         tokenizer_size: largest vocabulary of a tokenizer that is trained; the default is that of Vaswani et al. 2017.
         max_length: most tokens of a source, and of a target, the end token included.
         max_ratio: most tokens of the longer side per token of the shorter in training; null for any.
