@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mhe_lightning.data.hub import open_hub_dataset
-from mhe_lightning.data.translation import COLUMN
+from mhe_lightning.data.translation import COLUMN, columns_of
 from mhe_lightning.metrics import bleu, chrf
 
 Pair = tuple[list[str], list[str]]
@@ -88,9 +88,8 @@ def _best(scores: Mapping[tuple[str, str], float]) -> dict[str, str]:
 def read(path: str, subset: str | None, split: str, source: str, target: str) -> list[tuple[str, str]]:
     """The pairs of a split."""
     dataset = open_hub_dataset(path, subset)
-    known = dataset.columns(split)
-    columns = [source, target] if known is not None and COLUMN not in known else [COLUMN]
-    rows = (row.get(COLUMN, row) for table in dataset.tables(split, columns) for row in table.to_pylist())
+    tables = dataset.tables(split, columns_of(dataset, split, source, target))
+    rows = (row.get(COLUMN, row) for table in tables for row in table.to_pylist())
     return [(row[source], row[target]) for row in rows]
 
 

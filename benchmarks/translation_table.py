@@ -34,7 +34,7 @@ def main() -> None:
     for path in options.runs:
         results = json.loads((path / RESULTS).read_text(encoding="utf-8"))
         config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-        name = attention_of(config["model"]["init_args"]["net"]["init_args"]["attention"])
+        name = attentions_of(config["model"]["init_args"]["net"]["init_args"])
         if results["seed"] in runs[name]:
             raise SystemExit(f"{path}: a second run of {name} with seed {results['seed']}")
         runs[name][results["seed"]] = results
@@ -74,6 +74,13 @@ def scored(run: dict[str, Any], name: str) -> float:
     """A score of the run's last `test`."""
     score: float = run["evaluations"]["test"]["metrics"][f"test/{name}"]
     return score
+
+
+def attentions_of(net: dict[str, Any]) -> str:
+    """The attention of a net, or those of its three places where they differ."""
+    places = [net.get(f"{place}_attention") or net["attention"] for place in ("encoder", "decoder", "cross")]
+    names = [attention_of(spec) for spec in places]
+    return names[0] if len(set(names)) == 1 else "/".join(names)
 
 
 def attention_of(spec: dict[str, Any]) -> str:

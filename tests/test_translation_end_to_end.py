@@ -69,10 +69,9 @@ def test_translate_gives_what_predict_gives_line_by_line(trained, command, sente
     path, folder = trained
     assert command("predict", "--config", path, "--ckpt_path", "auto")[0] == 0
     sources = [pair["en"] for pair in sentences]
-    options = ["--beam_size", "2", "--extra_tokens", "5"]
 
-    for more in (["--batch_size", "2"], ["--buffer_size", "2"]):
-        code, out, err = command("translate", str(folder), *options, *more, stdin="\n".join(sources) + "\n")
+    for options in ([], ["--batch_size", "2"], ["--buffer_size", "2"], ["--beam_size", "2", "--extra_tokens", "5"]):
+        code, out, err = command("translate", str(folder), *options, stdin="\n".join(sources) + "\n")
         assert code == 0, err
         assert out.splitlines() == hypotheses_of(folder)
 
@@ -109,14 +108,16 @@ def test_n_best_lines_carry_number_and_score(trained, command):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--n_best", "5"], "n_best (5) must be from 1 to beam_size (4)"),
+        (["--n_best", "5"], "n_best (5) must be from 1 to beam_size (2)"),
+        (["--device", "abacus"], "device (abacus) cannot be used"),
+        (["--ckpt_path", "averaged"], "holds no averaged checkpoint"),
         (["--beam_size", "0"], "beam_size (0) must be at least 1"),
         (["--batch_size", "0"], "batch_size (0) must be at least 1"),
         (["--length_penalty", "-1"], "length_penalty (-1.0) must be"),
     ],
 )
 def test_bad_options_of_translate_are_refused(trained, command, options, message):
-    code, out, err = command("translate", str(trained[1]), *options, stdin="a\n")
+    code, out, err = command("translate", str(trained[1]), *options, stdin="")
     assert (code, out) == (2, "")
     assert message in err
 
@@ -129,6 +130,29 @@ def test_translate_and_generate_refuse_each_others_models(trained, tiny_config, 
     code, _, err = command("translate", str(tmp_path / "runs" / "lm"), stdin="a\n")
     assert code == 2
     assert "holds a Decoder; only encoder-decoders translate" in err
+
+
+def test_a_metric_that_is_not_there_keeps_no_best_checkpoint_and_is_named(tiny_translation, command, tmp_path):
+    path = str(tiny_translation())
+    missing = r"checkpoints\.monitor \(val/score\) is not among the metrics train/loss, val/loss, val/ppl, so no best"
+    with pytest.warns(UserWarning, match=missing):
+        assert command("fit", "--config", path, "--model.fit_beam_size", "0")[0] == 0
+    assert not list((tmp_path / "runs" / name_of(path) / "checkpoints").glob("best-*"))
+
+
+def test_the_averaged_checkpoint_of_a_run_translates(tiny_translation, command, tmp_path):
+    path = str(tiny_translation())
+    assert command("fit", "--config", path, "--averaging.last", "2", "--checkpoints.every_n_steps", "2")[0] == 0
+    folder = tmp_path / "runs" / name_of(path)
+    (averaged,) = folder.glob("checkpoints/averaged-*.ckpt")
+    lines = "the cat\na dog ran\n"
+    tokenizer = ["--tokenizer", str(folder / "tokenizer.json")]
+    outputs = [
+        command("translate", *args, stdin=lines)
+        for args in ([str(folder), "--ckpt_path", "averaged"], [str(averaged), *tokenizer])
+    ]
+    assert outputs[0] == outputs[1]
+    assert outputs[0][0] == 0
 
 
 @pytest.mark.parametrize("place", ["encoder_attention", "decoder_attention", "cross_attention"])
@@ -156,11 +180,12 @@ def test_two_ranks_train_score_and_translate_as_one_does(tiny_translation, paral
         )
     )
     log, found = tmp_path / "log", []
+    averaging = ["--averaging.last=2", "--checkpoints.every_n_steps=3"]
     for name, ranks, more in (("one", 1, []), ("two", 2, ON_TWO)):
-        assert run(["fit", "--config", path, "--name", name, *more], ranks=ranks, log=log) == [0] * ranks, (
-            log.read_text()
-        )
+        codes = run(["fit", "--config", path, "--name", name, *averaging, *more], ranks=ranks, log=log)
+        assert codes == [0] * ranks, log.read_text()
     one, two = tmp_path / "runs/one", tmp_path / "runs/two"
+    assert (two / "checkpoints/averaged-step=00000006.ckpt").is_file()
     for column in ("train/loss", "val/loss"):
         losses = {step: float(value) for step, value in logged(one, column).items()}
         assert losses

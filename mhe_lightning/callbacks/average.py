@@ -39,11 +39,16 @@ class AverageCheckpoints(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.last == 0:
             return
-        if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir) / "checkpoints"
-            paths = last_checkpoints(folder, self.last)
-            if len(paths) < self.last:
-                rank_zero_info(f"averaging.last ({self.last}): of {len(paths)} checkpoints, for the run has no more")
-            if paths:
-                self.path = write_average(folder, paths)
-        trainer.strategy.barrier()
+        try:
+            if trainer.is_global_zero:
+                self._write(trainer)
+        finally:  # the other ranks wait also where this one fails
+            trainer.strategy.barrier()
+
+    def _write(self, trainer: Trainer) -> None:
+        folder = Path(trainer.default_root_dir) / "checkpoints"
+        paths = last_checkpoints(folder, self.last)
+        if len(paths) < self.last:
+            rank_zero_info(f"averaging.last ({self.last}): of {len(paths)} checkpoints, for the run has no more")
+        if paths:
+            self.path = write_average(folder, paths)

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhe_lightning.checkpoint import SUFFIX, checkpoints_in, remove_checkpoint, set_aside, step_of
 from mhe_lightning.distributed import is_distributed
@@ -116,6 +117,12 @@ class Checkpoints(Checkpoint):
 
     def _save_best(self, trainer: Trainer) -> None:
         value = None if self.monitor is None else trainer.callback_metrics.get(self.monitor)
+        if self.monitor is not None and value is None:
+            found = ", ".join(sorted(key for key in trainer.callback_metrics if "/" in key))
+            rank_zero_warn(
+                f"checkpoints.monitor ({self.monitor}) is not among the metrics {found}, so no best checkpoint is "
+                "kept; set it to one of them, and checkpoints.mode with it"
+            )
         if value is None or math.isnan(float(value)) or not self._is_best(float(value)):
             return
         self.best = float(value)

@@ -241,7 +241,8 @@ class ExampleData(ExactDataModule):
         if not names:
             raise ValueError(
                 f"{self.label} has no training split here to train a tokenizer ({spec}) on; set data.tokenizer to the "
-                "path of a tokenizer.json, or data.splits.train to one of " + ", ".join(self.source.splits())
+                "path of a tokenizer.json (null takes that of the checkpoint), or data.splits.train to one of "
+                + ", ".join(self.source.splits())
             )
         rows = (row for name in names for _, row in self._rows("train", name))
         return train_tokenizer(
@@ -371,13 +372,18 @@ class ExampleRows(Dataset[Batch]):
     """
 
     def __init__(self, table: pyarrow.Table) -> None:
-        self.table = table
+        self.parts = table.to_batches()
+        self.ends = np.cumsum([part.num_rows for part in self.parts])
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return int(self.ends[-1])
 
     def __getitem__(self, row: int) -> Batch:
-        example: Batch = self.table.slice(max(row, 0), 1).to_pylist()[0]
+        # a slice of the table would look for the part from the first on, and large data have thousands
+        number = max(row, 0)
+        i = int(np.searchsorted(self.ends, number, side="right"))
+        part = self.parts[i]
+        example: Batch = part.slice(number - (self.ends[i] - part.num_rows), 1).to_pylist()[0]
         return {**example, "rows": row}
 
 

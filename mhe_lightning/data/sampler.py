@@ -239,7 +239,7 @@ def order_from(state: Mapping[str, Any]) -> Order:
     """The order that a checkpoint's state defines."""
     lengths = state.get("lengths")  # older checkpoints have neither these nor a group
     if "batch_tokens" in state:
-        return TokenBatchOrder(lengths.numpy(), state["batch_tokens"], state["seed"], state["shuffle"])  # type: ignore[union-attr]
+        return TokenBatchOrder(state["lengths"].numpy(), state["batch_tokens"], state["seed"], state["shuffle"])
     return RowOrder(
         state["n_rows"],
         state["seed"],

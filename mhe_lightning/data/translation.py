@@ -11,6 +11,7 @@ import torch
 
 from mhe_lightning.data.base import Batch
 from mhe_lightning.data.examples import Dropped, Example, ExampleData, Row, pad
+from mhe_lightning.data.hub import HubDataset
 from mhe_lightning.data.language_modeling import IGNORE
 from mhe_lightning.data.sampler import Order, TokenBatchOrder
 from mhe_lightning.data.sequences import SequenceFormat, TokenSequence
@@ -126,12 +127,11 @@ class TranslationData(ExampleData):
         return {"source": self.source_language, "target": self.target_language, "max_ratio": self.max_ratio}
 
     def columns(self, split: str) -> list[str]:
-        known = self.source.columns(self.source.splits()[0])
-        languages = [self.source_language, self.target_language]
-        return languages if known is not None and COLUMN not in known else [COLUMN]
+        theirs = next(name for name in self.splits[split].split("+") if name in self.source.splits())
+        return columns_of(self.source, theirs, self.source_language, self.target_language, hidden=split != "train")
 
     def texts(self, row: Row) -> Iterator[str]:
-        return (text for text in self._pair(row, self.label) if text is not None)
+        return (text for text in self._pair(row, self.label, "train") if text is not None)
 
     def tokens_in(self, example: Example) -> int:
         return len(example["source"]) + len(example["target"])
@@ -139,7 +139,7 @@ class TranslationData(ExampleData):
     def convert(
         self, rows: list[Row], names: list[str], part: str, split: str, form: SequenceFormat
     ) -> Sequence[Example | Dropped]:
-        pairs = [self._pair(row, name) for row, name in zip(rows, names, strict=True)]
+        pairs = [self._pair(row, name, split) for row, name in zip(rows, names, strict=True)]
         sources = encode_sources([source or "" for source, _ in pairs], form)
         targets = form.encode([" ".join((target or "").split()) for _, target in pairs])
         converted: list[Example | Dropped] = []
@@ -154,8 +154,8 @@ class TranslationData(ExampleData):
                 converted.append(Dropped(reason))
                 continue
             cut = len(target_tokens) > self.max_length
-            if cut:
-                target_tokens = [*target_tokens[: self.max_length - 1], form.end]
+            if cut:  # its end is not there to be predicted
+                target_tokens = target_tokens[: self.max_length]
             converted.append(
                 {
                     "source": sequence.tokens,
@@ -178,15 +178,16 @@ class TranslationData(ExampleData):
             return f"one side more than {self.max_ratio:g} times as long as the other"
         return None
 
-    def _pair(self, row: Row, name: str) -> tuple[str | None, str | None]:
-        """Source and target of a row; None where it is missing."""
+    def _pair(self, row: Row, name: str, split: str) -> tuple[str | None, str | None]:
+        """Source and target of a row; None where it is missing. Rows to evaluate may have no place for a target."""
         texts = row.get(COLUMN, row)
         found = []
         for language in (self.source_language, self.target_language):
-            if not isinstance(texts, Mapping) or language not in texts:
+            hidden = split != "train" and language == self.target_language
+            if not isinstance(texts, Mapping) or not (language in texts or hidden):
                 have = ", ".join(texts) if isinstance(texts, Mapping) else repr(texts)
                 raise ValueError(f"{name} has no language {language!r} but {have}; set data.source and data.target")
-            text = texts[language]
+            text = texts.get(language)
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"{name}: {language} is {text!r}, not a text; correct or remove the row")
             found.append(text)
@@ -234,6 +235,22 @@ class TranslationData(ExampleData):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_order": None}
+
+
+def columns_of(dataset: HubDataset, split: str, source: str, target: str, hidden: bool = False) -> list[str]:
+    """The columns of a data set that hold its pairs: one for both languages, or one for each.
+
+    Args:
+        dataset: the data set.
+        split: its name of the split.
+        source: one language.
+        target: the other.
+        hidden: whether the split may be without targets.
+    """
+    known = dataset.columns(split)
+    if known is None or COLUMN in known:
+        return [COLUMN]
+    return [source] if hidden and target not in known else [source, target]
 
 
 def is_empty(text: str) -> bool:

@@ -96,7 +96,12 @@ class Block(nn.Module):
         return self.feed(self.attend(x, mask, is_causal, cache, kept))
 
     def attend(
-        self, x: Tensor, mask: Tensor | None, is_causal: bool, cache: KVCache | None, kept: Tensor | None
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        is_causal: bool = False,
+        cache: KVCache | None = None,
+        kept: Tensor | None = None,
     ) -> Tensor:
         """The block's first half, its self-attention."""
         normed = self.norm_1(x) if self.norm_first else x
@@ -172,13 +177,16 @@ class CrossBlock(Block):
             source_mask: boolean, True = may attend, broadcastable to (B, n, T, S).
             caches: of earlier calls.
         """
-        x = self.attend(x, None, True, None if caches is None else caches.own, None)
+        x = self.attend(x, is_causal=True, cache=None if caches is None else caches.own)
         # the k rows of one source are further queries to the same keys, which then need no k copies
         queries = x.reshape(source.shape[0], -1, x.shape[2])  # (B, k·T, D)
         found = self.cross_attention(
             queries, context=source, mask=source_mask, cache=None if caches is None else caches.source
         )
         return self.feed(self.norm_cross(x + self.dropout(found.view_as(x))))
+
+    def residual_projections(self) -> tuple[nn.Linear, ...]:
+        return *super().residual_projections(), self.cross_attention.w_o
 
 
 def make_blocks(
@@ -215,6 +223,7 @@ def make_blocks(
                 norm_first=norm_first,
                 bias=bias,
             )
+        assert not norm_first, "a CrossBlock is post-norm"
         return CrossBlock(
             attention=own,
             cross_attention=cross_attention(width=width, n_heads=n_heads),

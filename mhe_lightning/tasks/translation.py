@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mhe_lightning.distributed import gather_rows
 from mhe_lightning.metrics.translation import bleu, chrf, compound_split_bleu, require_scorers
-from mhe_lightning.models.beam_search import Hypothesis, beam_search, check_search
 from mhe_lightning.models.loss import IGNORE
-from mhe_lightning.tasks.base import Task, tokens_read
+from mhe_lightning.models.search import Hypothesis, beam_search, check_search
+from mhe_lightning.tasks.base import Task
 
 Batch = dict[str, Any]
 Row = dict[str, Any]
@@ -96,7 +96,9 @@ class Translation(Task):
         targets = batch["targets"]
         n_targets = (targets != IGNORE).sum()
         loss = self.net.loss(self(batch), targets, label_smoothing=self.label_smoothing)  # type: ignore[operator]
-        return self.accumulate(loss, n_targets, tokens_read(batch) + n_targets)
+        real = batch["padding"] if "padding" in batch else torch.ones_like(batch["tokens"], dtype=torch.bool)
+        n_sources = (real & (batch["rows"] >= 0)[:, None]).sum()  # a rank without rows has one that stands for none
+        return self.accumulate(loss, n_targets, n_sources + n_targets)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         targets = batch["targets"]
@@ -189,7 +191,7 @@ def translate(
         padding: (B, S) boolean, True = a real token; None where all are.
         empty: of each source, whether it has no text; it is not searched for, its translation is "".
         end_token: ends sentences, and begins the decoder's input.
-        search: what `mhe_lightning.models.beam_search` takes besides.
+        search: what `beam_search` takes besides.
 
     Returns:
         Of each source ``text``, ``score`` and ``log_probability`` of its hypotheses, best first.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from mhe_lightning.data.tokenizer import end_of_text_id
 from mhe_lightning.models import Decoder
 from mhe_lightning.models.generation import generate_text
-from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.loading import add_model_arguments, lines_of_stdin, load_trained
 from mhe_lightning.verbs.parsing import Parser, as_user_error
 
@@ -13,9 +12,7 @@ from mhe_lightning.verbs.parsing import Parser, as_user_error
 def main(verb: str, args: list[str]) -> None:
     options = _parser().parse_args(args)
     try:
-        net, tokenizer = load_trained(options.run_or_ckpt, Decoder, "decoders generate text", options.tokenizer)
-        if options.batch_size < 1:
-            raise UserError(f"batch_size ({options.batch_size}) must be at least 1")
+        net, tokenizer, _ = load_trained(options, Decoder, "decoders generate text")
         lines = lines_of_stdin("a prompt per line, then Ctrl-D:")
         prompts = options.prompt or [line for line in lines if line.strip()] or [""]
         longest = 1 + max(len(tokenizer.encode(p, add_special_tokens=False).ids) for p in prompts)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+from jsonargparse import Namespace
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -17,29 +19,50 @@ from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.parsing import Parser
 
 
-def load_trained(run_or_ckpt: str, kind: type[nn.Module], does: str, tokenizer: str | None) -> tuple[Any, Tokenizer]:
-    """The net of a run (its newest checkpoint) or of a checkpoint, in eval mode, and its tokenizer.
+class Trained(NamedTuple):
+    """A model to use: its net in eval mode, its tokenizer, and the settings of the task that it was trained for."""
+
+    net: Any
+    tokenizer: Tokenizer
+    settings: dict[str, Any]
+
+
+def load_trained(options: Namespace, kind: type[nn.Module], does: str) -> Trained:
+    """What the options of `add_model_arguments` name.
 
     Args:
-        run_or_ckpt: a run directory or a checkpoint file.
+        options: the parsed options.
         kind: the class of nets that the verb can use.
         does: what these do, for the message about another, such as "decoders generate text".
-        tokenizer: path of a tokenizer.json; the run's if not given.
 
     Raises:
-        UserError: the net is of another class, or the tokenizer is not the net's.
+        UserError: an option is out of range, the net is of another class, or the tokenizer is not the net's.
     """
-    folder, path = run_of(Path(run_or_ckpt))
-    net = load_net(read_checkpoint(path))
+    if options.batch_size < 1:
+        raise UserError(f"batch_size ({options.batch_size}) must be at least 1")
+    given = Path(options.run_or_ckpt)
+    folder, path = run_of(given)
+    if given.is_dir() and options.ckpt_path != "auto":
+        found = run.resolve_checkpoint(options.ckpt_path, folder)
+        if found is None:
+            raise UserError(f"{folder} holds no {options.ckpt_path} checkpoint; leave out --ckpt_path for its newest")
+        path = Path(found)
+    checkpoint = read_checkpoint(path)
+    net = load_net(checkpoint)
     if not isinstance(net, kind):
         raise UserError(f"{path} holds a {type(net).__name__}; only {does}")
-    loaded = load_tokenizer(tokenizer or folder / run.TOKENIZER)
-    if vocabulary_size(loaded) > net.vocab_size:  # type: ignore[operator]
+    tokenizer = load_tokenizer(options.tokenizer or folder / run.TOKENIZER)
+    if vocabulary_size(tokenizer) > net.vocab_size:  # type: ignore[operator]
         raise UserError(
-            f"the tokenizer has {vocabulary_size(loaded)} tokens but the model {net.vocab_size}; "
+            f"the tokenizer has {vocabulary_size(tokenizer)} tokens but the model {net.vocab_size}; "
             "use the one that it was trained with"
         )
-    return net, loaded
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        net.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's, for a device that is unknown or not there
+        raise UserError(f"device ({device}) cannot be used: {str(error).splitlines()[0]}") from error
+    return Trained(net, tokenizer, config_of(checkpoint)["model"]["init_args"])
 
 
 def load_net(checkpoint: dict[str, Any]) -> nn.Module:
@@ -55,10 +78,18 @@ def load_net(checkpoint: dict[str, Any]) -> nn.Module:
 
 
 def add_model_arguments(parser: Parser) -> None:
-    """Options that say which model is used, and with how many texts at a time."""
-    parser.add_argument("run_or_ckpt", type=str, help="A run directory (its newest checkpoint) or a checkpoint file.")
+    """Options that say which model is used, where, and with how many texts at a time."""
+    parser.add_argument("run_or_ckpt", type=str, help="A run directory or a checkpoint file.")
+    parser.add_argument(
+        "--ckpt_path",
+        type=str,
+        choices=["auto", "best", "averaged"],
+        default="auto",
+        help="Of a run directory: its newest checkpoint ('auto'), the best or the averaged one.",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="Texts that go through the model together.")
     parser.add_argument("--tokenizer", type=str, help="A tokenizer.json (default: the run's).")
+    parser.add_argument("--device", type=str, help="Such as cpu or cuda:1 (default: a GPU if there is one).")
 
 
 def lines_of_stdin(prompt: str) -> Iterator[str]:

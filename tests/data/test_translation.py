@@ -62,6 +62,9 @@ def corpus(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+PAIRED = [{"en": f"the cat {'ran ' * i}", "de": f"da tak {'lop ' * i}"} for i in range(5)]
+
+
 def as_rank(data: TranslationData, rank: int, world_size: int) -> TranslationData:
     """The module as one of several ranks has it, during fit."""
     data.trainer = SimpleNamespace(
@@ -238,7 +241,8 @@ def test_evaluation_keeps_every_pair_and_cuts_and_counts_what_is_too_long(parall
         for row, before in zip(rows, uncut, strict=True):
             for side in ("source", "target"):
                 long = len(before[side]) > 8
-                assert row[side] == ([*before[side][:7], data.end_token] if long else before[side])
+                cut = [*before[side][:7], data.end_token] if side == "source" else before[side][:8]
+                assert row[side] == (cut if long else before[side])
             assert row["truncated"] == (before["length"] > 8)
             assert row["reference"] == before["reference"]
             assert row["length"] == max(len(row["source"]), len(row["target"]))
@@ -266,6 +270,23 @@ def test_a_hidden_target_is_to_be_predicted_and_has_none(tmp_path):
         assert (batch["targets"] == IGNORE).all()
         assert batch["tokens"].shape[1] > 1
         assert batch["target_tokens"].tolist() == [[data.end_token]] * len(batch["rows"])
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_rows_to_evaluate_may_have_no_place_for_a_target(flat, tmp_path):
+    for split, rows in (("train", PAIRED), ("validation", PAIRED), ("test", [{"en": "the cat"}, {"en": "a cat ran"}])):
+        text = "".join(json.dumps(row if flat else {"translation": row}) + "\n" for row in rows)
+        (tmp_path / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    data = ready(tmp_path, tmp_path / "cache")
+    assert data.table("test")["reference"].to_pylist() == [None, None]
+    assert data.table("validation")["reference"].to_pylist() == [pair["de"] for pair in PAIRED]
+
+
+def test_a_training_row_without_a_place_for_a_target_is_refused(tmp_path):
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text('{"translation": {"en": "the cat"}}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has no language 'de' but en; set data\.source and data\.target"):
+        ready(tmp_path, tmp_path / "cache")
 
 
 def test_an_empty_source_is_marked_and_keeps_its_reference(data):

@@ -436,6 +436,13 @@ def test_single_precision_finds_the_same_up_to_rounding():
     assert_same(found, expected, tolerance=1e-4)
 
 
+def test_autocast_does_not_make_the_search_coarser():
+    net, sources = random_net().float(), random_sources()
+    expected = search(net, sources, n_best=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert search(net, sources, n_best=4) == expected
+
+
 def test_log_probabilities_of_a_half_precision_net_are_not_rounded_to_it():
     logits = [0.0, 0.5, 1.0, 2.0]  # exact in bfloat16
     ((best,),) = search(without_end(constant_net(logits)).bfloat16(), [[3]], extra_tokens=20)

@@ -200,6 +200,13 @@ def test_tokens_seen_are_those_of_sources_and_targets_without_padding():
     assert task.tokens_seen == sum(len(r["source"]) + len(r["target"]) for r in rows)
 
 
+def test_a_row_that_stands_for_none_is_not_seen():
+    rows, nothing = make_rows(), make_row(-1, "the long source of another row", None)
+    trainer, task = make_trainer(max_steps=1, limit_val_batches=0), make_task()
+    trainer.fit(task, FixedBatches([*rows, nothing], [len(rows) + 1]))
+    assert task.tokens_seen == sum(len(r["source"]) + len(r["target"]) for r in rows)
+
+
 def test_unequal_micro_batches_give_the_step_of_one_batch():
     class Recorded(Translation):
         def on_before_optimizer_step(self, optimizer):
@@ -224,8 +231,7 @@ def test_training_learns_translations():
     torch.manual_seed(0)
     net = EncoderDecoder(300, MHE, width=32, n_heads=4, n_layers=1, max_length=LENGTH, dropout=0.0)
     options = {"lr": 5e-3, "schedule": "linear", "warmup_steps": 10, "weight_decay": 0.0, "label_smoothing": 0.0}
-    # greedy: a beam ends with its second finished hypothesis, however unlikely, before a long likely one does
-    task = make_task(net, max_steps=steps, beam_size=1, extra_tokens=20, **options)
+    task = make_task(net, max_steps=steps, beam_size=4, extra_tokens=20, **options)
     make_trainer(max_steps=steps, max_epochs=-1, limit_val_batches=0).fit(task, FixedBatches(rows, [len(rows)]))
     scores = validate(task, rows)
     assert scores["val/bleu"] == pytest.approx(100)

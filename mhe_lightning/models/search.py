@@ -25,7 +25,6 @@ class Hypothesis(NamedTuple):
     score: float
 
 
-@torch.inference_mode()
 def beam_search(
     net: EncoderDecoder,
     tokens: Tensor,
@@ -52,8 +51,9 @@ def beam_search(
     A hypothesis that finishes takes its place in the beam, not a second one beside it: unlikely short ones, of which a
     well-trained model has some in every step, cannot end the search while a likely one is live.
 
-    Every source is searched as if it were alone; those that are done leave the batch. The caches of self-attention hold
-    a row per hypothesis, those of cross-attention a row per source.
+    Every source is searched as if it were alone; those that are done leave the batch. The search is made in the
+    precision of the net's weights, also where autocast is on: coarser numbers are often equal, and rounding would
+    decide. The caches of self-attention hold a row per hypothesis, those of cross-attention a row per source.
 
     Source: the search with a shrinking beam is that of Sutskever et al. 2014, section 3.2, arXiv 1409.3215; here each
     source has its own limit. The length penalty is eq. 14 of Wu et al. 2016, arXiv 1609.08144, without its coverage
@@ -80,6 +80,24 @@ def beam_search(
         ValueError: an argument is out of range or does not fit, or the net's logits are such that nothing can be found.
     """
     _check(net, tokens, padding, start_token, end_token, beam_size, length_penalty, extra_tokens, n_best)
+    with torch.inference_mode(), torch.autocast(tokens.device.type, enabled=False):
+        return _search(
+            net, tokens, padding, start_token, end_token, beam_size, length_penalty, extra_tokens, n_best, early_stop
+        )
+
+
+def _search(
+    net: EncoderDecoder,
+    tokens: Tensor,
+    padding: Tensor | None,
+    start_token: int,
+    end_token: int,
+    beam_size: int,
+    length_penalty: float,
+    extra_tokens: int,
+    n_best: int,
+    early_stop: bool,
+) -> list[list[Hypothesis]]:
     lengths = [tokens.shape[1]] * len(tokens) if padding is None else padding.sum(1).tolist()
     limits = [min(length - 1 + extra_tokens, net.max_length - 1) for length in lengths]
     finished: list[list[Hypothesis]] = [[] for _ in limits]
