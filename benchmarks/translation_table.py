@@ -2,8 +2,9 @@
 
     python benchmarks/translation_table.py runs/multi30k/* --out docs/results/translation_runs.json
 
-Prints Markdown: a row per attention with its scores on the test split, of the last `test` of each run, as the mean over
-seeds with its 95 % interval by Student's t. What is kept of MHA is the ratio of BLEU, paired by seed.
+Prints Markdown: a row per attention with its scores on the test split, of the last `test` of each run: the mean over
+seeds with its 95 % interval by Student's t or, of two seeds, whose interval says nothing, the mean and both. What is
+kept of MHA is the ratio of BLEU, paired by seed.
 """
 
 from __future__ import annotations
@@ -63,11 +64,18 @@ def row(name: str, by_seed: dict[int, dict[str, Any]], mha: dict[int, dict[str, 
         str(len(by_seed)),
         f"{parts['attention_qkv'] + parts['attention_output']:,}",
         f"{parts['total']:,}",
-        interval(bleu),
-        interval(chrf),
-        f"{interval(kept)} %" if kept else "–",
+        spread(bleu),
+        spread(chrf),
+        f"{spread(kept)} %" if kept else "–",
         f"{minutes:.1f} min",
     ]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and what is known of its spread."""
+    if len(values) != 2:
+        return interval(values)
+    return f"{statistics.fmean(values):.1f} ({', '.join(f'{value:.1f}' for value in values)})"
 
 
 def scored(run: dict[str, Any], name: str) -> float:
