@@ -136,7 +136,7 @@ def make(name: str, options: argparse.Namespace, dropout: float, attention_dropo
 
 def import_transformers() -> Any:
     try:
-        import transformers  # type: ignore[import-not-found]
+        import transformers
     except ImportError:
         raise SystemExit("the comparison needs Hugging Face's BERT: pip install transformers") from None
     return transformers

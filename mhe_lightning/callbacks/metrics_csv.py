@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from mhe_lightning.callbacks.steps import is_logged
 from mhe_lightning.files import write_text
 
 EVALUATIONS = ("val/", "test/")
@@ -40,9 +41,8 @@ class MetricsCSV(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         stepped = trainer.global_step > self._step_before
-        if trainer.is_global_zero and stepped and trainer.global_step % every == 0:
+        if trainer.is_global_zero and stepped and is_logged(trainer):
             metrics = trainer.callback_metrics
             row = {key: float(value) for key, value in metrics.items() if not key.startswith(EVALUATIONS)}
             self.write(row, trainer.global_step)

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from mhe_lightning.callbacks.steps import is_logged
+
 
 class PlainProgress(Callback):
     """Prints a line per logged step and per evaluation; used where there is no terminal for a progress bar.
@@ -24,8 +26,7 @@ class PlainProgress(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = step > 0 and step % every == 0 and time.monotonic() - self._last >= self.min_interval
+        due = step > 0 and is_logged(trainer) and time.monotonic() - self._last >= self.min_interval
         if not trainer.is_global_zero or not (due or step == trainer.max_steps):
             return
         self._last = time.monotonic()

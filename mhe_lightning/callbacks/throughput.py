@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from mhe_lightning.callbacks.steps import is_logged
+
 
 class Throughput(Callback):
     """Logs ``tokens_per_second``: targets trained on over all ranks, between two logged steps.
@@ -36,9 +38,8 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         stepped = trainer.global_step > self._step_before
-        if not stepped or trainer.global_step % every:
+        if not stepped or not is_logged(trainer):
             return  # in the steps between nothing here waits for a device
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -79,7 +79,8 @@ def beam_search(
     Raises:
         ValueError: an argument is out of range or does not fit, or the net's logits are such that nothing can be found.
     """
-    _check(net, tokens, padding, start_token, end_token, beam_size, length_penalty, extra_tokens, n_best)
+    _check_inputs(net, tokens, padding, start_token, end_token)
+    check_search(beam_size, length_penalty, extra_tokens, n_best)
     with torch.inference_mode(), torch.autocast(tokens.device.type, enabled=False):
         return _search(
             net, tokens, padding, start_token, end_token, beam_size, length_penalty, extra_tokens, n_best, early_stop
@@ -100,6 +101,7 @@ def _search(
 ) -> list[list[Hypothesis]]:
     lengths = [tokens.shape[1]] * len(tokens) if padding is None else padding.sum(1).tolist()
     limits = [min(length - 1 + extra_tokens, net.max_length - 1) for length in lengths]
+    longest = [_penalty(limit + 1, length_penalty) for limit in limits]
     finished: list[list[Hypothesis]] = [[] for _ in limits]
     left = list(range(len(limits)))  # numbers of the sources that are still searched, B of them
     source = net.encode(tokens, padding)
@@ -141,11 +143,7 @@ def _search(
             if length < limits[number]
             and best > -math.inf
             # log-probabilities only fall, and no penalty is higher than that of the longest
-            and not (
-                early_stop
-                and len(finished[number]) >= n_best
-                and _ranked(finished[number])[n_best - 1].score >= best / _penalty(limits[number] + 1, length_penalty)
-            )
+            and not (early_stop and _are_best(finished[number], n_best, best / longest[number]))
         ]
         if not staying:
             break
@@ -176,6 +174,11 @@ def _penalty(length: int, alpha: float) -> float:
 def _ranked(hypotheses: list[Hypothesis]) -> list[Hypothesis]:
     """Best first; equal ones stay as they were, in the order in which they finished."""
     return sorted(hypotheses, key=lambda hypothesis: -hypothesis.score)
+
+
+def _are_best(finished: list[Hypothesis], n: int, bound: float) -> bool:
+    """Whether ``n`` hypotheses have finished that no later one of at most the score ``bound`` comes before."""
+    return len(finished) >= n and _ranked(finished)[n - 1].score >= bound
 
 
 def _first(scores: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -211,21 +214,12 @@ def check_search(beam_size: int, length_penalty: float, extra_tokens: int, n_bes
         raise ValueError(f"extra_tokens ({extra_tokens}) must not be negative; 0 allows as many as the source has")
 
 
-def _check(
-    net: EncoderDecoder,
-    tokens: Tensor,
-    padding: Tensor | None,
-    start_token: int,
-    end_token: int,
-    beam_size: int,
-    length_penalty: float,
-    extra_tokens: int,
-    n_best: int,
+def _check_inputs(
+    net: EncoderDecoder, tokens: Tensor, padding: Tensor | None, start_token: int, end_token: int
 ) -> None:
     for name, token in (("start_token", start_token), ("end_token", end_token)):
         if not 0 <= token < net.vocab_size:
             raise ValueError(f"{name} ({token}) must be a token of the vocabulary, 0 to {net.vocab_size - 1}")
-    check_search(beam_size, length_penalty, extra_tokens, n_best)
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(
             f"tokens has shape {tuple(tokens.shape)}; it must be (B, S) with at least one source and token"
