@@ -209,11 +209,12 @@ def make_blocks(
     """
 
     def make_block() -> Block:
+        own = attention(width=width, n_heads=n_heads)
+        across = None if cross_attention is None else cross_attention(width=width, n_heads=n_heads)
         feed_forward = FeedForward(
             width=width, hidden=4 * width if ff_width is None else ff_width, activation=activation, bias=bias
         )
-        own = attention(width=width, n_heads=n_heads)
-        if cross_attention is None:
+        if across is None:
             return Block(
                 attention=own,
                 feed_forward=feed_forward,
@@ -226,7 +227,7 @@ def make_blocks(
         assert not norm_first, "a CrossBlock is post-norm"
         return CrossBlock(
             attention=own,
-            cross_attention=cross_attention(width=width, n_heads=n_heads),
+            cross_attention=across,
             feed_forward=feed_forward,
             width=width,
             dropout=dropout,
