@@ -19,11 +19,15 @@ Train and use transformers with any attention.
   validate       score a checkpoint on the validation split
   test           score a checkpoint on the test split
   predict        write a checkpoint's predictions
+  sweep          train variants × seeds × a grid        sweep --config … --attentions mha mhe_add
+  plan           what each attention will cost          plan --config configs/quickstart.yaml
   prepare        tokenise a config's data, before `fit` on several processes
   consolidate    a run's weights alone, averaged        consolidate runs/quickstart --average 2
   average        the GLUE or SuperGLUE average of runs  average runs/bert_base_*
   generate       continue texts with a trained decoder  generate runs/quickstart
   translate      translate standard input, line by line translate runs/small_multi30k < sentences.txt
+  compare        what attentions keep and cost, by runs compare runs/sweeps/wikitext2 --out report
+  heads          how differently a model's heads attend heads runs/a runs/b --text FILE
   verify-resume  prove from a checkpoint that no training row was skipped or repeated
 
 Every verb explains its options with --help.
@@ -34,11 +38,15 @@ VERBS = {
     "validate": "train",
     "test": "train",
     "predict": "train",
+    "sweep": "sweep",
+    "plan": "plan",
     "prepare": "prepare",
     "consolidate": "consolidate",
     "average": "average",
     "generate": "generate",
     "translate": "translate",
+    "compare": "compare",
+    "heads": "heads",
     "verify-resume": "verify_resume",
 }
 """Verb → its module in `mhe_lightning.verbs`, imported when it is asked for (lightning takes seconds)."""

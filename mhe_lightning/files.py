@@ -36,6 +36,12 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_write(path) as file:
+        file.write(content)
+
+
 def build_folder(target: Path, *, build: Callable[[Path], None], is_usable: Callable[[Path], bool]) -> None:
     """Make the folder ``target`` complete or not at all, unless it is there already.
 

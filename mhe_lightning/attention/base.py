@@ -7,6 +7,7 @@ size `d`, width `D = n·d`, and `g` key-value heads (n, 1, or anything between t
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -79,14 +80,47 @@ class Attention(nn.Module):
         past = cache.length if cache is not None and context is None else 0
         T = x.shape[1]
         S = past + T if context is None else context.shape[1]
-        if mask is not None:
-            check_mask(mask, (x.shape[0], self.n_heads, T, S))
-            mask = mask[(None,) * (4 - mask.ndim)]  # (B or 1, n or 1, T or 1, S or 1)
+        if past or mask is not None:  # else SDPA's own causality, which needs no mask in memory
+            shape = (x.shape[0], self.n_heads, T, S)
+            mask, is_causal = visible_keys(mask, shape, is_causal, x.device, past), False
         stored = self._stored_key_value(x, context, cache)
         k, v = stored[0], stored[-1]
-        if is_causal and (past or mask is not None):
-            mask, is_causal = with_causality(mask, T, S, past, x.device), False
         return self.merge(self._attend(self.query(x), k, v, mask, is_causal))
+
+    @torch.no_grad()
+    def weights(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """The attention distributions ``A_i`` of all heads, to look at: without dropout, cache and gradient.
+
+        Unlike `forward` this holds all of them in memory. Heads that share one distribution (SHA's) are views of it.
+
+        Args:
+            x: as in `forward`.
+            context: as in `forward`.
+            mask: as in `forward`.
+            is_causal: as in `forward`.
+
+        Returns:
+            (B, n, T, S), float64 if ``x`` is, else float32. A query that may attend to nothing has a row of zeros.
+
+        Raises:
+            ValueError: a shape or dtype does not fit.
+        """
+        self._check_inputs(x, context)
+        c = x if context is None else context
+        shape = (x.shape[0], self.n_heads, x.shape[1], c.shape[1])
+        visible = visible_keys(mask, shape, is_causal, x.device)
+        q, k = self.query(x), self.key_value(c)[0]  # (B, n or 1, T, d), (B, g, S, d)
+        if q.shape[1] > 1:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2) / math.sqrt(self.head_dim)  # (B, n or 1, T, S)
+        if visible is None:
+            return scores.softmax(-1).expand(shape)
+        weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
+        return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0).expand(shape)
 
     def _stored_key_value(self, x: Tensor, context: Tensor | None, cache: KVCache | None) -> tuple[Tensor, ...]:
         if cache is None:
@@ -241,6 +275,29 @@ def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
             f"mask has shape {tuple(mask.shape)}; it must broadcast to (B, n, T, S) = {shape}; "
             "key padding (B, S) is passed as padding[:, None, None, :]"
         )
+
+
+def visible_keys(
+    mask: Tensor | None, shape: tuple[int, int, int, int], is_causal: bool, device: torch.device, past: int = 0
+) -> Tensor | None:
+    """Which keys each query may attend to, boolean, (B or 1, n or 1, T or 1, S or 1); None where nothing is hidden.
+
+    Args:
+        mask: boolean, True = may attend, broadcastable to ``shape``.
+        shape: (B, n, T, S).
+        is_causal: query t sees keys up to past + t only.
+        device: of the result, where there is no mask.
+        past: keys of earlier calls.
+
+    Raises:
+        ValueError: the mask is not boolean or does not broadcast to ``shape``.
+    """
+    if mask is not None:
+        check_mask(mask, shape)
+        mask = mask[(None,) * (4 - mask.ndim)]
+    if is_causal:
+        mask = with_causality(mask, shape[2], shape[3], past, device)
+    return None if mask is None else mask[(None,) * (4 - mask.ndim)]
 
 
 def with_causality(mask: Tensor | None, T: int, S: int, past: int, device: torch.device) -> Tensor | None:

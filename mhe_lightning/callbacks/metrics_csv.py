@@ -15,6 +15,8 @@ from mhe_lightning.files import write_text
 
 EVALUATIONS = ("val/", "test/")
 
+METRICS = "metrics.csv"
+
 
 class MetricsCSV(Callback):
     """Writes ``metrics.csv``: a row per logged optimizer step, a column per metric.
@@ -28,7 +30,7 @@ class MetricsCSV(Callback):
     """
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.csv"
+        self._path = folder / METRICS
         self._columns = ["step"]
         self._file: TextIO | None = None
         self._row: dict[str, Any] = {}

@@ -119,6 +119,18 @@ class ExactDataModule(LightningDataModule):
         """The rows of an evaluation split in the order in which they are batched, each once."""
         return range(n_rows)
 
+    @property
+    def expected_vocab_size(self) -> int | None:
+        """Tokens that the vocabulary has or is meant to have, known before any data are read; None if it is not."""
+        return None
+
+    def largest_batch(self, world_size: int) -> Batch:
+        """A training micro-batch of one rank in the largest shape there is, of no particular tokens, made without data.
+
+        For planning: what a step with it needs is what training needs.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define largest_batch(world_size) to be planned")
+
     def submission(self, predictions: list[dict[str, Any]]) -> dict[str, str]:
         """Files that the data set's benchmark asks for, by name, from all rows that `predict` gave."""
         return {}

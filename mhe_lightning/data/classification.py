@@ -16,6 +16,7 @@ import torch
 from mhe_lightning.data.base import Batch
 from mhe_lightning.data.examples import Example, Row
 from mhe_lightning.data.finetuning import FinetuningData, pad_segments
+from mhe_lightning.data.sampler import rows_per_rank
 from mhe_lightning.data.sequences import SequenceFormat, TokenSequence
 
 Problem = Literal["classes", "value", "choice"]
@@ -215,6 +216,14 @@ class ClassificationData(FinetuningData):
             return None
         hidden = "; only validation and test rows may have hidden labels (-1)" if label == -1 else ""
         raise ValueError(f"{name}: label ({label}) must be {allowed}{hidden}; correct or remove the row")
+
+    def largest_batch(self, world_size: int) -> Batch:
+        n_sequences = 2 if self.problem == "choice" else 1  # as COPA; what has more is longer by as much
+        sequences = [[0] * self.max_length] * n_sequences
+        row = dict.fromkeys(("id", "part", "group", "choices", "answers"))
+        row |= {"sequences": sequences, "boundaries": [self.max_length] * n_sequences, "label": 0.0, "right": [0]}
+        row |= {"spans": [0, 1] * self.n_spans, "rows": 0}
+        return self.collate([row] * rows_per_rank(self.batch_size, world_size))
 
     def collate(self, rows: list[Batch]) -> Batch:
         sequences = [sequence for row in rows for sequence in row["sequences"]]

@@ -24,6 +24,7 @@ from mhe_lightning.data.sequences import SequenceFormat
 from mhe_lightning.data.tokenizer import (
     KINDS,
     TokenizerKind,
+    expected_vocab_size,
     load_tokenizer,
     tokenizer_hash,
     train_tokenizer,
@@ -317,6 +318,10 @@ class ExampleData(ExactDataModule):
     def vocab_size(self) -> int:
         """Tokens of the vocabulary; the net's embedding is linked to it."""
         return int(self.manifest["vocab_size"])
+
+    @property
+    def expected_vocab_size(self) -> int | None:
+        return expected_vocab_size(self.tokenizer_spec, self.tokenizer_size)
 
     def table(self, split: str) -> pyarrow.Table:
         """The examples of a split, memory-mapped.

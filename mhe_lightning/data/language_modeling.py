@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from mhe_lightning.data.base import Batch, ExactDataModule
 from mhe_lightning.data.corpus import CorpusSpec, find_corpus, prepare
 from mhe_lightning.data.packed import PackedCorpus, PackedSplit, open_corpus
-from mhe_lightning.data.sampler import PADDING_ROW
+from mhe_lightning.data.sampler import PADDING_ROW, rows_per_rank
+from mhe_lightning.data.tokenizer import expected_vocab_size
 
 IGNORE = -100
 """Target of a position that is not predicted, as in ``torch.nn.functional.cross_entropy``."""
@@ -34,6 +35,9 @@ class CorpusData(ExactDataModule):
         cache_dir: folder of packed corpora.
         verify_shards: compare the shards' checksums before training, not just their sizes.
     """
+
+    document_mask: bool
+    """Whether documents in a row are kept from attending to each other."""
 
     def __init__(
         self,
@@ -91,6 +95,17 @@ class CorpusData(ExactDataModule):
     def vocab_size(self) -> int:
         """Tokens of the vocabulary; the net's embedding is linked to it."""
         return self.corpus.vocab_size
+
+    @property
+    def expected_vocab_size(self) -> int | None:
+        return expected_vocab_size(self.spec.tokenizer, self.spec.tokenizer_size)
+
+    def largest_batch(self, world_size: int) -> Batch:
+        tokens = torch.zeros(rows_per_rank(self.batch_size, world_size), self.block_length, dtype=torch.long)
+        batch: Batch = {"tokens": tokens, "targets": tokens.clone(), "rows": torch.arange(len(tokens))}
+        if self.document_mask:
+            batch["documents"] = tokens.clone()
+        return batch
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -97,6 +97,12 @@ class MaskedLanguageModelingData(CorpusData):
             document_mask=self.document_mask,
         )
 
+    def largest_batch(self, world_size: int) -> Batch:
+        batch = super().largest_batch(world_size)
+        masked = round(self.mask_share * self.block_length)
+        batch["targets"][:, masked:] = IGNORE
+        return {**batch, "segments": torch.zeros_like(batch["tokens"])}
+
     def fingerprint(self) -> str:
         options = ("-whole-words" if self.whole_words else "") + ("-document-mask" if self.document_mask else "")
         return f"{super().fingerprint()}-masked-{self.mask_share}{options}"

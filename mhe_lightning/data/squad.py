@@ -23,6 +23,7 @@ from mhe_lightning.data.base import Batch
 from mhe_lightning.data.classification import text_of, texts_in
 from mhe_lightning.data.examples import Example, Row
 from mhe_lightning.data.finetuning import FinetuningData, pad_segments
+from mhe_lightning.data.sampler import rows_per_rank
 from mhe_lightning.data.sequences import SequenceFormat
 
 Version = Literal["v1", "v2"]
@@ -279,6 +280,11 @@ class SquadData(FinetuningData):
                 "length": len(tokens),
                 "truncated": len(question) > self.max_question_length,
             }
+
+    def largest_batch(self, world_size: int) -> Batch:
+        row = {"tokens": [0] * self.max_length, "boundary": 1, "first_characters": [0], "last_characters": [1]}
+        row |= {"central": (1, 2), "id": "", "context": "", "answers": [], "start": 1, "end": 1, "rows": 0}
+        return self.collate([row] * rows_per_rank(self.batch_size, world_size))
 
     def collate(self, rows: list[Batch]) -> Batch:
         batch: Batch = pad_segments([row["tokens"] for row in rows], [row["boundary"] for row in rows])

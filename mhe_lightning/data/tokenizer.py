@@ -142,6 +142,16 @@ def serialized_hash(text: str) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def expected_vocab_size(tokenizer: str | None, size: int) -> int | None:
+    """Tokens of a tokenizer that is a kind to train with at most ``size`` tokens, or a file; None where none is named.
+
+    A kind is taken to reach ``size``, as it does but on very little text.
+    """
+    if tokenizer is None:
+        return None
+    return size if tokenizer in KINDS else vocabulary_size(load_tokenizer(tokenizer))
+
+
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

@@ -46,6 +46,8 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing ({label_smoothing}) must be in [0, 1); 0 switches it off")
     if chunk_size < 1:
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1; 512 is the default")
+    if not torch.is_grad_enabled():
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     kept = targets.flatten() != IGNORE
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if not bool(kept.all()):
@@ -108,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_logits = _logit_gradient(log_p, t, label_smoothing).to(h.dtype)
                 grad_hidden[part] = grad_logits @ weight
                 if grad_weight.dtype == h.dtype:
-                    grad_weight.addmm_(grad_logits.T, h)
+                    torch.addmm(grad_weight, grad_logits.T, h, out=grad_weight)  # addmm_ is not counted as FLOPs
                 else:
                     grad_weight += grad_logits.T @ h
                 if grad_bias is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -50,6 +50,15 @@ class Task(LightningModule):
 
     signatures: Mapping[str, str] = {}
     """How scores were computed, by their name, where a score means little without; recorded beside them."""
+
+    score: ClassVar[str] = "loss"
+    """Name of the metric that models of this task are compared by, logged as ``val/<score>`` and ``test/<score>``."""
+
+    higher_is_better: ClassVar[bool] = False
+    """Whether the better of two models has the higher ``score``."""
+
+    score_unit: ClassVar[float] = 1.0
+    """Factor from the recorded ``score`` to the one that is shown: 100 for shares that are shown in per cent."""
 
     def __init__(
         self,

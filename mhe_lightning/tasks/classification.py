@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,15 @@ class SequenceClassification(Task):
         ValueError: the data are of no classification task, or ``pooling`` is "first" for a net that sees nothing after
             the first token.
     """
+
+    score: ClassVar[str] = "score"
+    """The mean of the data set's metrics, a share."""
+
+    higher_is_better: ClassVar[bool] = True
+    """Accuracy, F1 and correlations: all of them rise."""
+
+    score_unit: ClassVar[float] = 100.0
+    """Shares are shown in per cent."""
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class LanguageModeling(Task):
     ``ppl`` per token, ``word_ppl`` per word (whitespace-separated words and line ends, as for WikiText and Penn
     Treebank) and ``bits_per_byte``, under ``val/`` and ``test/``.
     """
+
+    score: ClassVar[str] = "ppl"
+    """Perplexity per token: language models are compared by it."""
 
     def setup(self, stage: str) -> None:
         self.evaluation = TokenLoss()

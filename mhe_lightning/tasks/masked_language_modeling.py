@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,9 @@ class MaskedLanguageModeling(Task):
     """
 
     pretrains = True
+
+    score: ClassVar[str] = "pseudo_ppl"
+    """Pseudo-perplexity: masked language models are compared by it."""
 
     def __init__(self, net: nn.Module, max_steps: int, **optimization: Any) -> None:
         super().__init__(net, max_steps, **optimization)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,12 @@ class ExtractiveQuestionAnswering(Task):
     Raises:
         ValueError: the data are no such questions, the net sees only what comes before, or a number is out of range.
     """
+
+    score: ClassVar[str] = "score"
+    """F1, in per cent."""
+
+    higher_is_better: ClassVar[bool] = True
+    """F1 rises."""
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -50,6 +50,12 @@ class Translation(Task):
     Raises:
         ValueError: the data are no translations, an argument is out of range, or sacreBLEU is not installed.
     """
+
+    score: ClassVar[str] = "bleu"
+    """SacreBLEU's BLEU, in per cent."""
+
+    higher_is_better: ClassVar[bool] = True
+    """BLEU rises."""
 
     def __init__(
         self,

@@ -27,12 +27,12 @@ class Trained(NamedTuple):
     settings: dict[str, Any]
 
 
-def load_trained(options: Namespace, kind: type[nn.Module], does: str) -> Trained:
+def load_trained(options: Namespace, kind: type[nn.Module] | tuple[type[nn.Module], ...], does: str) -> Trained:
     """What the options of `add_model_arguments` name.
 
     Args:
         options: the parsed options.
-        kind: the class of nets that the verb can use.
+        kind: the class of nets that the verb can use, or several.
         does: what these do, for the message about another, such as "decoders generate text".
 
     Raises:
@@ -80,6 +80,11 @@ def load_net(checkpoint: dict[str, Any]) -> nn.Module:
 def add_model_arguments(parser: Parser) -> None:
     """Options that say which model is used, where, and with how many texts at a time."""
     parser.add_argument("run_or_ckpt", type=str, help="A run directory or a checkpoint file.")
+    add_use_arguments(parser)
+
+
+def add_use_arguments(parser: Parser) -> None:
+    """The same without the model's path: those of `load_trained` that several models can share."""
     parser.add_argument(
         "--ckpt_path",
         type=str,

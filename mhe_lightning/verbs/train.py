@@ -7,29 +7,24 @@ import os
 import sys
 import warnings
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mhe_lightning import run
 from mhe_lightning.accounting import parameters_by_part
 from mhe_lightning.callbacks import (
-    AverageCheckpoints,
-    Checkpoints,
     ExactResume,
     MetricsCSV,
     PlainProgress,
     Predictions,
     RunRecord,
-    Samples,
     Throughput,
 )
 from mhe_lightning.callbacks.predictions import PREDICTIONS, SUBMISSION
@@ -45,18 +40,9 @@ from mhe_lightning.data import ExactDataModule
 from mhe_lightning.data.tokenizer import tokenizer_hash
 from mhe_lightning.files import write_text
 from mhe_lightning.pretrained import load_pretrained, take_tokenizer
-from mhe_lightning.tasks import Task
 from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.parsing import Parser, as_user_error, data_module
-
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "default_root_dir": "runs",
-    "use_distributed_sampler": False,  # the data modules shard exactly; Lightning's sampler would pad and reorder
-    "num_sanity_val_steps": 0,
-    "check_val_every_n_epoch": None,  # training data have no end, so validation counts batches
-    "log_every_n_steps": 10,
-    "enable_model_summary": False,  # its FLOPs and layer counts say little; we print parameters by part
-}
+from mhe_lightning.verbs.experiment import ExperimentCLI
+from mhe_lightning.verbs.parsing import as_user_error, data_module
 
 
 def main(verb: str, args: list[str]) -> None:
@@ -75,7 +61,7 @@ def main(verb: str, args: list[str]) -> None:
         raise as_user_error(error) or error from error
 
 
-class TrainCLI(LightningCLI):
+class TrainCLI(ExperimentCLI):
     """One run: parses the config, prepares missing data, builds everything, and keeps the run directory.
 
     Args:
@@ -87,17 +73,7 @@ class TrainCLI(LightningCLI):
     def __init__(self, verb: str, args: list[str], held: ExitStack) -> None:
         self._held = held
         sys.argv[1:] = [verb, *args]  # Lightning launches the other processes of a host with this command line
-        super().__init__(
-            Task,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=None,
-            seed_everything_default=1,
-            auto_configure_optimizers=False,
-            parser_class=Parser,
-            trainer_defaults=TRAINER_DEFAULTS,
-        )
+        super().__init__()
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
@@ -108,29 +84,6 @@ class TrainCLI(LightningCLI):
                 if verb == "fit"
                 else "A checkpoint file; 'auto', 'best' or 'averaged' for the run's newest, best or averaged one."
             )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--name", type=str, default="run", help="Name of the run: its folder in trainer.default_root_dir."
-        )
-        parser.add_argument(
-            "--init_from",
-            type=Optional[str],  # noqa: UP045 - jsonargparse on Python 3.10
-            help="Begin `fit` with the net of this run directory (its newest checkpoint) or checkpoint file, and with "
-            "its tokenizer, where data.tokenizer is not set.",
-        )
-        parser.add_lightning_class_args(Checkpoints, "checkpoints")
-        parser.add_lightning_class_args(AverageCheckpoints, "averaging")
-        parser.add_lightning_class_args(Samples, "samples")
-        parser.link_arguments("data.vocab_size", "model.init_args.net.init_args.vocab_size", apply_on="instantiate")
-        # of finetuning and translation; skipped where a task has no such argument
-        for name in ("problem", "n_labels", "n_spans", "metrics", "unanswerable", "tokenizer", "end_token"):
-            # not "data.<name>": where it is missing, jsonargparse prints the data module, which makes its loaders
-            take = partial(_attribute, name=name)
-            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=take, apply_on="instantiate")
-        parser.link_arguments("trainer.max_steps", "model.init_args.max_steps")
-        parser.link_arguments("seed_everything", "data.init_args.seed")
-        parser.link_arguments("checkpoints.keep", "averaging.keep")
 
     # Before anything is built
 
@@ -326,10 +279,6 @@ def _check_trainer(options: Namespace) -> None:
     if any(wrong.values()):
         names = ", ".join(f"trainer.{name}" for name, is_wrong in wrong.items() if is_wrong)
         raise UserError(f"{names}: training rows are one endless stream; end it with --trainer.max_steps instead")
-
-
-def _attribute(data: LightningDataModule, name: str) -> Any:
-    return getattr(data, name, None)
 
 
 def _tokenizer_sha256(data: LightningDataModule | None) -> str | None:

@@ -1,0 +1,1 @@
+"""What finished runs say about their attentions: tables, plots, and one page with both."""

@@ -1,0 +1,370 @@
+"""What an experiment will cost, before anything is trained: no data, no GPU, no memory for the model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from tokenizers import Tokenizer, models
+
+from mhe_lightning import run
+from mhe_lightning.accounting import CacheSize, Count, cache_size, count_parameters
+from mhe_lightning.checkpoint import run_of
+from mhe_lightning.data import ExactDataModule
+from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
+from mhe_lightning.tasks import Task
+from mhe_lightning.tracing import Counts, Flops, Step, of_depth
+from mhe_lightning.verbs.experiment import LINKED, attribute
+from mhe_lightning.verbs.parsing import Parser, data_module
+
+SHARDED = ("fsdp", "model_parallel", "modelparallel")
+"""Parts of the names of strategies that shard weights, gradients and optimizer."""
+
+FLOPS_DEPTHS = (2, 3)
+"""Layers of the nets from which a deeper one's operations follow; the last block may do less than the others."""
+
+MEMORY_DEPTHS = (5, 6)
+"""Likewise for memory: deep enough that the ends of the backward pass lie in different halves of it."""
+
+ADAMW_STATES = 2
+"""Numbers that the optimizer keeps of each parameter: the means of its gradient and of its square."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What numbers are stored in.
+
+    Args:
+        weights: dtype of weights, gradients and the optimizer's state.
+        autocast: dtype of most operations in mixed precision; None for none.
+    """
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+
+    @property
+    def cache(self) -> torch.dtype:
+        """Dtype of keys and values."""
+        return self.autocast or self.weights
+
+
+PRECISIONS = {
+    "32-true": Precision(torch.float32, None),
+    "bf16-mixed": Precision(torch.float32, torch.bfloat16),
+    "bf16-true": Precision(torch.bfloat16, None),
+    "64-true": Precision(torch.float64, None),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.float8_e4m3fn}
+"""What a KV cache may be stored in."""
+
+ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed", "64": "64-true"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step needs at its height, on one rank.
+
+    Args:
+        weights: this rank's.
+        gradients: this rank's.
+        optimizer: this rank's.
+        activations: what is kept for the backward pass, and what is needed for a moment.
+        communication: buckets of distributed data parallelism, or the gathered blocks of a sharded model.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.communication
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one variant costs.
+
+    Args:
+        name: of the attention.
+        sizes: what was changed to make variants equal, option → value.
+        counts: parameters by part.
+        cache: numbers in the KV caches; None for an encoder.
+        tokens_per_step: of a micro-batch of one rank, padding and the source's side included.
+        flops: of a micro-batch of one rank; None if they were not asked for.
+        memory: of one rank; likewise.
+    """
+
+    name: str
+    sizes: Mapping[str, int]
+    counts: Mapping[str, Count]
+    cache: CacheSize | None
+    tokens_per_step: int
+    flops: Flops | None
+    memory: Memory | None
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(count.total for count in self.counts.values())
+
+    @property
+    def without_embeddings(self) -> int:
+        """All parameters but the embeddings'."""
+        return self.total - self.counts["embeddings"].total
+
+    @property
+    def attention_weights(self) -> int:
+        """Of all attention sublayers with their output projections, without biases."""
+        return self.counts["attention_qkv"].weights + self.counts["attention_output"].weights
+
+    @property
+    def attention_biases(self) -> int:
+        return self.counts["attention_qkv"].biases + self.counts["attention_output"].biases
+
+    @property
+    def forward_flops(self) -> float | None:
+        """Per token."""
+        return None if self.flops is None else self.flops.forward / self.tokens_per_step
+
+    @property
+    def training_flops(self) -> float | None:
+        """Per token."""
+        return None if self.flops is None else self.flops.training / self.tokens_per_step
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What all variants of an experiment have in common.
+
+    Args:
+        length: tokens of a row.
+        steps: optimizer steps.
+        tokens: over the whole training and all ranks, where every batch is full.
+        vocab_size: tokens of the vocabulary.
+        world_size: processes.
+        strategy: of the trainer.
+        precision: of the trainer.
+        cache_dtype: of keys and values in decoding.
+        checkpointing: whether blocks are computed again in the backward pass.
+        translates: whether there is a source beside the target.
+    """
+
+    length: int
+    steps: int
+    tokens: int
+    vocab_size: int
+    world_size: int
+    strategy: str
+    precision: str
+    cache_dtype: torch.dtype
+    checkpointing: bool
+    translates: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "cache_dtype": str(self.cache_dtype).removeprefix("torch.")}
+
+
+class Experiment:
+    """A parsed experiment, ready to be counted.
+
+    Args:
+        config: what `Experiments.parse` gave.
+        vocab_size: tokens of the vocabulary; that which the config states if not given.
+        world_size: number of processes; the config's devices × nodes if not given.
+
+    Raises:
+        ValueError: the vocabulary's size or the number of processes is not known, or a setting is refused.
+    """
+
+    def __init__(self, config: Namespace, vocab_size: int | None = None, world_size: int | None = None) -> None:
+        self.config = config
+        data = data_module(config.data)
+        if not isinstance(data, ExactDataModule):
+            raise ValueError(f"{type(data).__name__} is not one of this library's data modules, which can be planned")
+        self.data = data
+        self.vocab_size = vocab_size or self._known_vocab_size()
+        self.precision = precision_of(config.trainer.precision)
+        self.world_size = world_size or processes_of(config.trainer)
+        self.strategy = _strategy_name(config.trainer.strategy)
+        spec = config.model.clone()
+        spec.init_args.net.init_args.vocab_size = self.vocab_size
+        spec.init_args.max_steps = max(1, config.trainer.max_steps)
+        known: dict[str, Any] = {"tokenizer": Tokenizer(models.BPE()), "end_token": 0}
+        takes = inspect.signature(_class_of(spec.class_path)).parameters
+        for name in LINKED:
+            if name in takes:
+                spec.init_args[name] = known[name] if name in known else attribute(data, name)
+        self._spec = spec
+        self._parser = Parser()
+        self._parser.add_subclass_arguments(Task, "model")
+
+    def make_task(self, n_layers: int | None = None) -> Task:
+        """The experiment's task, with another number of layers if one is given."""
+        spec = self._spec.clone()
+        if n_layers is not None:
+            spec.init_args.net.init_args.n_layers = n_layers
+        task: Task = self._parser.instantiate(Namespace(model=spec)).model
+        return task
+
+    def _known_vocab_size(self) -> int:
+        size = self.data.expected_vocab_size
+        begins_with = self.config.get("init_from")
+        if size is None and begins_with:
+            tokenizer = run_of(Path(begins_with))[0] / run.TOKENIZER
+            size = vocabulary_size(load_tokenizer(tokenizer))
+        if size is None:
+            raise ValueError(
+                "the size of the vocabulary is not known, since data.tokenizer is not set; give --vocab_size, such as "
+                "30522, or the pretrained model, --init_from"
+            )
+        return size
+
+    @property
+    def sharded(self) -> bool:
+        """Whether weights, gradients and the optimizer's state are spread over the ranks."""
+        return self.world_size > 1 and any(name in self.strategy for name in SHARDED)
+
+    @property
+    def net_settings(self) -> Namespace:
+        """The net's arguments, which may be changed."""
+        settings: Namespace = self._spec.init_args.net.init_args
+        return settings
+
+    def net_parameters(self) -> int:
+        """Parameters of the net, without the task's head."""
+        return sum(parameter.numel() for parameter in self.empty_task().net.parameters())
+
+    def empty_task(self) -> Task:
+        """The task without memory for its weights."""
+        with torch.device("meta"):
+            return self.make_task()
+
+    def flops(self) -> Flops:
+        """Operations of a micro-batch of one rank."""
+        return self._of_depth(FLOPS_DEPTHS, Step.flops)
+
+    def schedule(self) -> Schedule:
+        """What holds whatever the attention."""
+        trainer = self.config.trainer
+        batch = self._step().batch
+        tokens = _tokens_in(batch) * self.world_size * trainer.accumulate_grad_batches * max(0, trainer.max_steps)
+        return Schedule(
+            length=batch["tokens"].shape[1],
+            steps=trainer.max_steps,
+            tokens=tokens,
+            vocab_size=self.vocab_size,
+            world_size=self.world_size,
+            strategy=self.strategy,
+            precision=ALIASES.get(str(trainer.precision), str(trainer.precision)),
+            cache_dtype=self.precision.cache,
+            checkpointing=bool(self._spec.init_args.get("activation_checkpointing")),
+            translates="target_tokens" in batch,
+        )
+
+    def cost(self, name: str, sizes: Mapping[str, int], *, trace: bool = True) -> Cost:
+        """Count everything; with ``trace`` also operations and memory, which takes a second or more."""
+        task = self.empty_task()
+        counts = count_parameters(task)
+        tokens = _tokens_in(self._step().batch)
+        cache = cache_size(task.net)
+        if not trace:
+            return Cost(name, sizes, counts, cache, tokens, None, None)
+        return Cost(name, sizes, counts, cache, tokens, self.flops(), self._memory(task))
+
+    def _step(self) -> Step:
+        return Step(
+            self.make_task,
+            self.data.largest_batch(self.world_size),
+            dtype=self.precision.weights,
+            autocast=self.precision.autocast,
+            fused_attention=self.config.trainer.accelerator not in ("cpu", "auto"),
+            accumulating=self._accumulating,
+        )
+
+    @property
+    def _accumulating(self) -> bool:
+        """Whether gradients are counted apart from what a micro-batch needs."""
+        return self.sharded or self.config.trainer.accumulate_grad_batches > 1
+
+    def _of_depth(self, depths: tuple[int, int], count: Callable[[Step], Counts]) -> Counts:
+        """Count a step, of a deep net from two shallow ones."""
+        step, net = self._step(), self.net_settings
+        if net.get("n_layers") is None or net.get("n_decoder_layers") is not None:
+            return count(step)
+        return of_depth(
+            net.n_layers, depths, lambda depth: count(replace(step, make_task=partial(self.make_task, depth)))
+        )
+
+    def _memory(self, task: Task) -> Memory:
+        size = self.precision.weights.itemsize
+        weights = sum(p.numel() for p in task.parameters()) * size
+        gradients = sum(p.numel() for p in task.parameters() if p.requires_grad) * size
+        peak = self._of_depth(MEMORY_DEPTHS, Step.memory).peak
+        activations = peak if self._accumulating else peak - gradients
+        communication = 0
+        shards = 1
+        if self.sharded:
+            shards = self.world_size
+            blocks = getattr(task.net, "blocks", None) or [task.net]
+            # the block that is computed and the next one, which is fetched meanwhile, and a block's gradient
+            communication = 3 * max(sum(p.numel() for p in block.parameters()) for block in blocks) * size
+        elif self.world_size > 1:
+            communication = gradients  # the buckets are a copy of them
+        return Memory(
+            weights // shards, gradients // shards, ADAMW_STATES * gradients // shards, activations, communication
+        )
+
+
+def _tokens_in(batch: Mapping[str, Any]) -> int:
+    """Tokens that the net reads, on both sides of a translation."""
+    return sum(batch[key].numel() for key in ("tokens", "target_tokens") if key in batch)
+
+
+def precision_of(precision: object) -> Precision:
+    """What ``trainer.precision`` stores numbers in.
+
+    Raises:
+        ValueError: it is not one that is trained in here.
+    """
+    name = ALIASES.get(str(precision), str(precision))
+    if name not in PRECISIONS:
+        raise ValueError(f"trainer.precision ({precision}) must be one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[name]
+
+
+def processes_of(trainer: Namespace) -> int:
+    """Processes that a trainer's config asks for.
+
+    Raises:
+        ValueError: the config leaves it to the machine.
+    """
+    devices = trainer.devices
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, (list, tuple)):
+        devices = len(devices)
+    if not isinstance(devices, int) or devices < 1:
+        raise ValueError(
+            f"trainer.devices ({trainer.devices}) leaves the number of processes to the machine; give --world_size"
+        )
+    return int(devices * trainer.num_nodes)
+
+
+def _strategy_name(strategy: Any) -> str:
+    return str(strategy.class_path if isinstance(strategy, Namespace) else strategy).lower()
+
+
+def _class_of(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    found: type = getattr(__import__(module, fromlist=[name]), name)
+    return found
