@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
-import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,9 +25,6 @@ ATTENTIONS: dict[str, Callable[..., Attention]] = {
     "sha": SHA,
 }
 
-STUDENT_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""97.5 % quantiles of Student's t by degrees of freedom."""
-
 
 def machine() -> dict[str, Any]:
     return {"platform": platform.platform(), "processor": _processor(), "torch": torch.__version__}
@@ -49,12 +44,3 @@ def _processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-
-
-def interval(values: list[float], sign: str = "") -> str:
-    """Mean ± half the 95 % interval."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{mean:{sign}.1f}"
-    half = STUDENT_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{mean:{sign}.1f} ± {half:.1f}"

@@ -9,14 +9,13 @@ split that is scored), its 95 % interval by Student's t, and that of the differe
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import yaml
-from common import interval
 
-from mhe_lightning.callbacks.run_record import CONFIG, RESULTS
+from mhe_lightning.callbacks.run_record import CONFIG, read_results
+from mhe_lightning.comparison.statistics import estimate
 
 KEY = {"glue-sst2": "val/accuracy", "glue-qnli": "val/accuracy", "glue-cola": "val/matthews", "squad-v1": "val/f1"}
 
@@ -27,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     scores: dict[str, dict[bool, dict[int, float]]] = defaultdict(lambda: {True: {}, False: {}})
     for run in options.runs:
-        results = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+        results = read_results(run)
         config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
         label = results["data"]["label"]
         value = results["metrics"][KEY[label]] * (1 if label.startswith("squad") else 100)
@@ -46,6 +45,13 @@ def main() -> None:
         differences = [b - a for a, b in zip(without, with_, strict=True)]
         cells = [name, str(len(seeds)), interval(without), interval(with_), interval(differences, sign="+")]
         print(f"| {' | '.join(cells)} |")
+
+
+def interval(values: list[float], sign: str = "") -> str:
+    """Mean ± half the 95 % interval."""
+    found = estimate(values)
+    half_width = "" if found.half_width is None else f" ± {found.half_width:.1f}"
+    return f"{found.mean:{sign}.1f}{half_width}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from mhe_lightning.models.loss import IGNORE
 from mhe_lightning.planning import Experiment
@@ -55,7 +56,7 @@ def warm_up() -> None:
     """Load what torch loads when it first computes: it belongs to the libraries, not to the step."""
     layer = torch.nn.Linear(8, 8)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-    layer(torch.zeros(8, 8)).sum().backward()
+    checkpoint(layer, torch.zeros(8, 8), use_reentrant=False).sum().backward()
     optimizer.step()
 
 

@@ -216,7 +216,7 @@ def test_sizes_of_other_modes_go_to_the_runs(tmp_path, experiments, monkeypatch)
         asked.append((list(arguments), overlay.stem, reference.stem, mode, spend))
         return {} if overlay == reference else {"model.net.ff_width": 96}
 
-    monkeypatch.setattr(engine, "match", match)
+    monkeypatch.setattr("mhe_lightning.sweep.runs.match", match)
     changes = {"mode": "equal_parameters", "spend": "feed_forward", "reference": ATTENTION / "mha.yaml"}
     runs = make_runs(sweep_of(tmp_path, "--x=1", grid=parse_grid(["model.lr=1,2"]), **changes), experiments)
 

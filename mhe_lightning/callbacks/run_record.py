@@ -27,6 +27,9 @@ from mhe_lightning.files import write_text
 
 CONFIG = "config.yaml"
 RESULTS = "results.json"
+VERB_OF = {"val": "validate", "test": "test"}
+"""Split → the verb that scores it and whose results are kept under its name."""
+
 PACKAGES = ("torch", "lightning", "torchmetrics", "datasets", "tokenizers", "numpy")
 
 
@@ -114,10 +117,21 @@ class RunRecord(Callback):
         return self.wall_seconds + time.perf_counter() - self._begun
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """The run's results.json.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is not JSON.
+    """
+    results: dict[str, Any] = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    return results
+
+
 def update_results(folder: Path, new: dict[str, Any]) -> None:
     """Merge ``new`` into the run's results.json; metrics and evaluations are merged one by one."""
     path = folder / RESULTS
-    old: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    old = read_results(folder) if path.is_file() else {}
     for part in ("metrics", "evaluations"):
         if part in old or part in new:
             new = {**new, part: {**old.get(part, {}), **new.get(part, {})}}

@@ -15,7 +15,7 @@ from mhe_lightning.checkpoint import read_checkpoint, run_of
 from mhe_lightning.comparison.diversity import diversity_of_text, maps_of_text
 from mhe_lightning.comparison.latency import decode_latency
 from mhe_lightning.comparison.results import Comparison, Estimate, LayerDiversity, Metric, Variant
-from mhe_lightning.comparison.runs import FinishedRun, mean_curves, refuse_differences
+from mhe_lightning.comparison.runs import VERB_OF, FinishedRun, mean_curves, refuse_differences
 from mhe_lightning.comparison.statistics import elasticities, estimate, paired_test, retained
 from mhe_lightning.data.tokenizer import load_tokenizer
 from mhe_lightning.planning import Experiment
@@ -108,7 +108,7 @@ def _compare(task: str, runs: Sequence[FinishedRun], options: Options, experimen
         mode=sorted(modes)[0],
         variants=variants,
         max_context=next(iter(costs.values())).max_context,
-        facts=_facts(runs),
+        facts=_facts(runs, split),
         notes=notes,
     )
 
@@ -233,7 +233,7 @@ def _how_latency_was_measured() -> str:
     )
 
 
-def _facts(runs: Sequence[FinishedRun]) -> dict[str, str]:
+def _facts(runs: Sequence[FinishedRun], split: str) -> dict[str, str]:
     """What all runs have in common, in words."""
     first = runs[0]
     data = first.results.get("data", {})
@@ -247,9 +247,10 @@ def _facts(runs: Sequence[FinishedRun]) -> dict[str, str]:
         "commit": first.results.get("git_commit") or "–",
         "seeds": ", ".join(map(str, sorted({run.seed for run in runs}))),
     }
-    if (checkpoint := first.results.get("evaluations", {}).get("test", {}).get("checkpoint")) is not None:
+    evaluation = first.results.get("evaluations", {}).get(VERB_OF[split], {})
+    if (checkpoint := evaluation.get("checkpoint")) is not None:
         found["scored checkpoint"] = Path(checkpoint).name
-    for name, signature in (first.results.get("evaluations", {}).get("test", {}).get("signatures") or {}).items():
+    for name, signature in (evaluation.get("signatures") or {}).items():
         found[f"{name} signature"] = signature
     return found
 

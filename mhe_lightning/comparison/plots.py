@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
+from mhe_lightning.comparison.labels import place_labels
 from mhe_lightning.comparison.results import Comparison, Metric, Variant
-from mhe_lightning.comparison.style import bar_style, line_style, new_figure
+from mhe_lightning.comparison.style import NORMAL, SMALL, bar_style, line_style, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
-    from matplotlib.transforms import Bbox
 
 MIB = 2**20
-SMALL, NORMAL = 8.5, 9.5  # points
 # A curve's beginning is far from its end; what is seen after this share of the steps sets the picture's range.
 WARM_UP = 0.2
 BAR_STARTS = (99.0, 98.0, 95.0, 90.0, 80.0, 70.0, 60.0, 50.0, 0.0)  # per cent
@@ -112,7 +109,7 @@ def plot_pareto(comparison: Comparison) -> Figure:
     missing = [v.name for v in comparison.variants if not _finite(v.score.mean)]
     if missing:
         _remark(axes, f"not shown, without a finite score: {', '.join(missing)}")
-    _place_labels(figure, axes, [v.name for _, v in shown], xs, ys)
+    place_labels(figure, axes, [v.name for _, v in shown], xs, ys)
     return figure
 
 
@@ -144,12 +141,12 @@ def plot_retention(comparison: Comparison) -> Figure:
             va="center_baseline", fontsize=SMALL, zorder=5,
         )  # fmt: skip
     axes.axvline(100, color="black", linewidth=1, linestyle=(0, (4, 3)), zorder=3.5)
-    axes.set_yticks(range(len(variants)), [_plain(v.name) for v in variants], fontsize=NORMAL)
+    axes.set_yticks(range(len(variants)), [plain(v.name) for v in variants], fontsize=NORMAL)
     axes.set_ylim(len(variants) - 0.4, -0.6)
     axes.set_xlim(start, end + room)
     begins = "" if start == 0 else f"   (axis begins at {start:g} %)"
     axes.set_xlabel(
-        f"retained of {_plain(comparison.reference)}’s {_plain(comparison.metric.name)}, %{begins}", fontsize=NORMAL
+        f"retained of {plain(comparison.reference)}’s {plain(comparison.metric.name)}, %{begins}", fontsize=NORMAL
     )
     return figure
 
@@ -172,10 +169,10 @@ def plot_curves(comparison: Comparison) -> Figure:
                     axes.plot(
                         [s for s, _ in points], [y for _, y in points], linewidth=1.3, markersize=4.5, **line_style(i),
                         # staggered, so that markers of lines that lie close do not hide each other
-                        markevery=(i * every // max(len(comparison.variants), 1), every), label=_plain(variant.name),
+                        markevery=(i * every // max(len(comparison.variants), 1), every), label=plain(variant.name),
                     )  # fmt: skip
         cut = _limit_to_late_values(axes, seen)
-        axes.set_title(_plain(name) + ("   (the first steps lie outside)" if cut else ""), fontsize=NORMAL, loc="left")
+        axes.set_title(plain(name) + ("   (the first steps lie outside)" if cut else ""), fontsize=NORMAL, loc="left")
         axes.set_xlabel("optimizer steps", fontsize=NORMAL)
         axes.xaxis.set_major_formatter(_thousands)
     _legend_below(figure)
@@ -203,7 +200,7 @@ def plot_context(comparison: Comparison) -> Figure | None:
         for i, variant in timed:
             points = sorted((t, 1000 * s) for t, s in variant.latency.items() if _finite(s))
             xs, ys = [t for t, _ in points], [ms for _, ms in points]
-            axes.plot(xs, ys, linewidth=1.3, markersize=5, label=_plain(variant.name), **line_style(i))
+            axes.plot(xs, ys, linewidth=1.3, markersize=5, label=plain(variant.name), **line_style(i))
         axes.set_title("time for the next token, ms", fontsize=NORMAL, loc="left")
         axes.set_ylim(bottom=0)
         _context_axis(axes, {t for _, v in timed for t in v.latency})
@@ -221,7 +218,7 @@ def _draw_cache(axes: Axes, cached: Sequence[tuple[int, Variant]], comparison: C
     for size, members in sorted(alike.items(), reverse=True):
         axes.plot(
             contexts, [size * t / MIB for t in contexts], linewidth=1.3, markersize=5,
-            label=_plain(_wrapped([name for _, name in members])), **line_style(members[0][0]),
+            label=plain(_wrapped([name for _, name in members])), **line_style(members[0][0]),
         )  # fmt: skip
     axes.set_yscale("log")
     _plain_numbers(axes.yaxis)
@@ -283,101 +280,8 @@ def _axes(figure: Figure, place: tuple[int, int, int] = (1, 1, 1), grid: str = "
     return axes
 
 
-def _place_labels(figure: Figure, axes: Axes, names: Sequence[str], xs: Sequence[float], ys: Sequence[float]) -> None:
-    """Writes each name beside its point, at the first place where it meets no point, whisker, line or other name."""
-    figure.draw_without_rendering()  # settles where the axes lie
-    points = [(float(x), float(y)) for x, y in axes.transData.transform(list(zip(xs, ys, strict=True)))] if xs else []
-    taken = [_box(x - r, y - r, x + r, y + r) for x, y in points for r in (5 * figure.dpi / 72,)]
-    for container in axes.containers:
-        for line in getattr(container, "lines", ((), (), ()))[2]:
-            for path in line.get_paths():
-                (x, low), (_, high) = axes.transData.transform(path.vertices)[[0, -1]]
-                taken.append(_box(x - 3, min(low, high), x + 3, max(low, high)))
-    taken += [text.get_window_extent() for text in axes.texts]
-    steps = _segments(axes)
-    inside = axes.get_window_extent()
-    for number, (name, x, y) in enumerate(zip(names, xs, ys, strict=True)):
-        best: tuple[float, Annotation, Bbox] | None = None
-        for rank, (dx, dy, side, height) in enumerate(_label_places()):
-            tie = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.7, "shrinkB": 4} if rank >= NEAR else None
-            text = axes.annotate(
-                _plain(name), (x, y), xytext=(dx, dy), textcoords="offset points", ha=side, va=height, fontsize=NORMAL,
-                arrowprops=tie, zorder=4,
-            )  # fmt: skip
-            text.set_in_layout(False)
-            box = _text_box(text)
-            hits = sum(box.overlaps(other) for other in taken) + sum(0.5 for other in steps if box.overlaps(other))
-            distances = [_distance(box, point) for point in points]
-            # a name that is nearer to another point seems to be that one's
-            cost = hits + 2 * (not _contains(inside, box)) + (min(distances) < distances[number])
-            if best is None or cost < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (cost, text, box)
-            else:
-                text.remove()
-            if cost == 0:
-                break
-        if best is not None:
-            taken.append(best[2])
-
-
-NEAR = 8
-
-
-def _label_places() -> Sequence[tuple[float, float, str, str]]:
-    """Offsets in points with alignments: eight beside the point, then farther ones."""
-    near = [
-        (8, 0, "left", "center"), (-8, 0, "right", "center"), (6, 6, "left", "bottom"), (6, -6, "left", "top"),
-        (-6, 6, "right", "bottom"), (-6, -6, "right", "top"), (0, 9, "center", "bottom"), (0, -9, "center", "top"),
-    ]  # fmt: skip
-    far = [
-        (sx * dx, sy * dy, "left" if sx > 0 else "right", "center")
-        for dx in (22, 75)
-        for dy in (14, 28, 42, 56, 70)
-        for sx in (1, -1)
-        for sy in (1, -1)
-    ]
-    return near + far
-
-
-def _box(left: float, bottom: float, right: float, top: float) -> Bbox:
-    from matplotlib.transforms import Bbox
-
-    return Bbox([[left, bottom], [right, top]])
-
-
-def _text_box(text: Annotation) -> Bbox:
-    """Where the letters are, without the line that ties them to their point."""
-    from matplotlib.text import Text
-
-    text.get_window_extent()  # moves the letters to their place
-    return Text.get_window_extent(text)
-
-
-def _distance(box: Bbox, point: tuple[float, float]) -> float:
-    x, y = point
-    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
-
-
-def _contains(outer: Bbox, inner: Bbox) -> bool:
-    return outer.x0 <= inner.x0 and inner.x1 <= outer.x1 and outer.y0 <= inner.y0 and inner.y1 <= outer.y1
-
-
-def _segments(axes: Axes) -> list[Bbox]:
-    """Thin boxes around the parts of the step line."""
-    boxes: list[Bbox] = []
-    for line in axes.lines:
-        if line.get_gid() == "front":
-            corners = axes.transData.transform(line.get_xydata())  # type: ignore[arg-type]
-            for (x0, y0), (x1, y1) in pairwise(corners):
-                boxes.append(_box(x0, y0 - 1, x1, y0 + 1))
-                boxes.append(_box(x1 - 1, min(y0, y1), x1 + 1, max(y0, y1)))
-    return boxes
-
-
 def _remark(axes: Axes, text: str) -> None:
-    axes.set_title(_plain(text), fontsize=SMALL, loc="left", color="#404040")
+    axes.set_title(plain(text), fontsize=SMALL, loc="left", color="#404040")
 
 
 def _bar_start(lowest: Sequence[float], means: Sequence[float]) -> float:
@@ -479,7 +383,7 @@ def _scale(largest: float) -> tuple[float, str]:
 
 def _score_label(comparison: Comparison) -> str:
     direction = "higher is better →" if comparison.metric.higher_is_better else "← lower is better"
-    return f"{_plain(comparison.split)} {_plain(comparison.metric.name)}{_per_cent(comparison.metric)}   ({direction})"
+    return f"{plain(comparison.split)} {plain(comparison.metric.name)}{_per_cent(comparison.metric)}   ({direction})"
 
 
 def _per_cent(metric: Metric) -> str:
@@ -503,10 +407,6 @@ def _sentence_about_context(comparison: Comparison) -> str:
 
 def _train_first(name: str) -> tuple[bool, str]:
     return (not name.startswith("train/"), name)
-
-
-def _plain(text: str) -> str:
-    return text.replace("$", r"\$")  # no mathematics in names
 
 
 def _finite(value: float) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -14,13 +13,11 @@ from typing import Any
 import yaml
 
 from mhe_lightning.callbacks.metrics_csv import METRICS
-from mhe_lightning.callbacks.run_record import CONFIG, RESULTS
+from mhe_lightning.callbacks.run_record import CONFIG, RESULTS, VERB_OF, read_results
 from mhe_lightning.comparison.results import Curve, Metric
 from mhe_lightning.run import differences
 from mhe_lightning.sweep import MANIFEST, read_manifest, task_of
 from mhe_lightning.verbs import UserError
-
-VERB_OF = {"val": "validate", "test": "test"}
 
 CATEGORIES = ("data", "tokenizer", "budget", "versions", "settings", "evaluation", "mode")
 """What runs that are compared have in common, unless a user allows otherwise."""
@@ -103,12 +100,13 @@ class FinishedRun:
         found: Mapping[str, Any] = self.results.get("evaluations", {}).get(VERB_OF[split], {})
         return found
 
-    def facts(self, split: str) -> dict[str, Any]:
-        """What it must have in common with runs that it is compared with, by category."""
+    def facts(self, split: str, sized: Iterable[str] = ()) -> dict[str, Any]:
+        """What it must have in common with runs that it is compared with, by category; not the options ``sized``."""
         config, data = deepcopy(self.config), dict(self.results.get("data", {}))
         tokenizer = {key: data.pop(key, None) for key in ("tokenizer_sha256", "vocab_size")}
-        data.pop("epochs", None)
-        for key in (*self.sizes, *self.settings):
+        for key in ("epochs", *_BUDGET_OF_DATA):  # those of the budget are in the config, too
+            data.pop(key, None)
+        for key in (*self.sizes, *self.settings, *sized):
             _remove(config, key)
         model, own = config["model"], config["data"].get("init_args", {})
         for key in _ATTENTIONS:
@@ -133,8 +131,18 @@ class FinishedRun:
             "evaluation": {
                 "checkpoint": Path(evaluation.get("checkpoint", "step")).name.partition("step")[0] or "last",
                 "signatures": evaluation.get("signatures"),
+                "data": {
+                    key: there
+                    for key, _, there in differences(self.config["data"], evaluation.get("data", self.config["data"]))
+                    if key.rpartition(".")[2] not in (*_NOT_DATA, "batch_size", "batch_tokens")
+                },
             },
         }
+
+    def of_its_attention(self) -> dict[str, Any]:
+        """What it must have in common with the runs of its attention alone."""
+        net = self.config["model"]["init_args"]["net"]["init_args"]
+        return {**{key: net[key] for key in _ATTENTIONS if key in net}, **self.sizes, **self.settings}
 
     def curves(self) -> dict[str, dict[int, float]]:
         """Logged quantity → step → value."""
@@ -194,13 +202,18 @@ def refuse_differences(runs: Sequence[FinishedRun], split: str, reference: str, 
     Raises:
         UserError: a difference that is not allowed, named.
     """
-    first, notes = runs[0], []
+    # the size of one run says nothing about that of others, but those without one must agree
+    first, notes = next((run for run in runs if not run.sizes), runs[0]), []
     found: dict[str, str] = {}
-    facts = first.facts(split)
-    for run in runs[1:]:
-        for category, theirs in run.facts(split).items():
+    of_attention: dict[str, FinishedRun] = {}
+    for run in runs:
+        facts = first.facts(split, run.sizes)
+        for category, theirs in run.facts(split, first.sizes).items():
             for key, one, other in differences(facts[category], theirs):
                 found.setdefault(category, f"{key} is {one!r} in {first.path} and {other!r} in {run.path}")
+        twin = of_attention.setdefault(run.attention, run)
+        for key, one, other in differences(twin.of_its_attention(), run.of_its_attention()):
+            found.setdefault("settings", f"{key} is {one!r} in {twin.path} and {other!r} in {run.path}")
     seen: dict[int, FinishedRun] = {}
     for run in runs:  # batches that are filled by tokens differ from seed to seed
         other = seen.setdefault(run.seed, run)
@@ -270,24 +283,25 @@ def _folders(path: Path, left_out: list[str]) -> list[Path]:
 
 def _read(folder: Path) -> FinishedRun | None:
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        results = read_results(folder)
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        steps = config["trainer"]["max_steps"]
+        if results.get("steps") != config["trainer"]["max_steps"] or "finished" not in results:
+            return None
+        seed, attention = results["seed"], attention_name(config["model"]["init_args"]["net"]["init_args"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}: its record cannot be read ({error})") from error
-    if results.get("steps") != steps or "finished" not in results:
-        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())  # YAML's are of several lines
+        raise UserError(f"{folder}: its record cannot be read ({what}); restore it, or leave the run out") from error
     manifest = read_manifest(folder.parent) or {}
     entry = manifest.get("runs", {}).get(folder.name)
     if entry is None:
-        entry = {"attention": attention_name(config["model"]["init_args"]["net"]["init_args"])}
+        entry = {"attention": attention}
         manifest = {}
     return FinishedRun(
         path=folder,
         attention=entry["attention"],
-        seed=results["seed"],
+        seed=seed,
         mode=manifest.get("mode", "equal_architecture"),
         sizes=entry.get("sizes", {}),
         settings=entry.get("settings", {}),

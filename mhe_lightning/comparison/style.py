@@ -29,6 +29,8 @@ LINES: tuple[str | tuple[int, tuple[float, ...]], ...] = (
 HATCHES = ("", "///", "..", "\\\\\\", "xx", "--", "||", "oo", "++", "//..")
 FACES = ("#4d4d4d", "#c6dbef", "#fdd0a2", "#c7e9c0", "#f2d5e4", "#e3f1fa", "#fbe3b3", "#d9d9d9", "#ffffff", "#f0f0f0")
 
+SMALL, NORMAL = 8.5, 9.5  # points
+
 Format = Literal["svg", "png"]
 
 
@@ -80,6 +82,11 @@ def bar_style(i: int) -> dict[str, Any]:
         "hatch": HATCHES[i % len(HATCHES)],
         "linewidth": 0.8,
     }
+
+
+def plain(text: str) -> str:
+    """A text in which matplotlib finds no mathematics."""
+    return text.replace("$", r"\$")
 
 
 def figure_bytes(figure: Figure, kind: Format) -> bytes:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from mhe_lightning.callbacks.run_record import RESULTS
+from mhe_lightning.callbacks.run_record import RESULTS, VERB_OF, read_results
 from mhe_lightning.data.classification import ClassificationData
 from mhe_lightning.data.glue import GlueData
 from mhe_lightning.data.superglue import SuperGlueData
@@ -16,7 +14,6 @@ from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.parsing import Parser
 
 BENCHMARKS: dict[str, type[ClassificationData]] = {data.benchmark: data for data in (GlueData, SuperGlueData)}
-VERB_OF = {"val": "validate", "test": "test"}
 
 
 def main(verb: str, args: list[str]) -> None:
@@ -65,7 +62,7 @@ def benchmark_average(benchmark: str, scores: Mapping[str, float]) -> float:
 def scores_of(run: Path, split: str) -> tuple[str, str, dict[str, float]]:
     """Benchmark, task and metrics of a run: those of its last `validate` or `test`, else of the end of its training."""
     try:
-        results: dict[str, Any] = json.loads((run / RESULTS).read_text(encoding="utf-8"))
+        results = read_results(run)
     except (OSError, ValueError) as error:
         raise UserError(f"{run} is not a finished run: its {RESULTS} cannot be read ({error})") from error
     benchmark, _, task = str(results.get("data", {}).get("label", "")).partition("-")

@@ -13,11 +13,13 @@ from jsonargparse import Namespace
 
 from mhe_lightning.comparison.compare import Options, compare_runs
 from mhe_lightning.comparison.html import headline, write_report
+from mhe_lightning.comparison.overview import multi_task_table
 from mhe_lightning.comparison.results import Comparison
 from mhe_lightning.comparison.runs import CATEGORIES, FinishedRun, find_runs
 from mhe_lightning.comparison.statistics import require_scipy
 from mhe_lightning.comparison.style import require_matplotlib
-from mhe_lightning.comparison.tables import Table, comparison_table, multi_task_table, render
+from mhe_lightning.comparison.tables import Table, render
+from mhe_lightning.comparison.task_table import comparison_table
 from mhe_lightning.files import write_text
 from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.parsing import Parser, as_user_error
@@ -60,7 +62,7 @@ def main(verb: str, args: list[str]) -> None:
                 baseline=options.baseline,
                 allowed=options.allow,
                 latency=options.latency,
-                text=None if options.text is None else Path(options.text).read_text(encoding="utf-8").splitlines(),
+                text=None if options.text is None else _lines(Path(options.text)),
                 max_tokens=options.max_tokens,
             ),
         )
@@ -78,6 +80,13 @@ def main(verb: str, args: list[str]) -> None:
         print(f"note: {sentence}")
     if options.out is not None:
         _write(Path(options.out), options, comparisons, tables, overview, runs, args)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; convert it with iconv") from error
 
 
 def _write(

@@ -32,7 +32,6 @@ examples:
   … --batch 32 --context 8192 --world_size 8 --peak_tflops 989 --mfu 0.4
   … --json plan.json --csv plan.csv"""
 
-GIB = 2**30
 MIB = 2**20
 DAY = 86_400
 

@@ -79,7 +79,7 @@ def _run(sweep: Sweep, options: argparse.Namespace, args: Sequence[str]) -> None
         runs = [asked[options.task - 1]]
     configs: dict[str, Config] = {run.name: engine.resolve(experiments, run.arguments) for run in runs}
     looks = options.dry_run or options.slurm
-    manifest = sweep.claim(experiments, asked)
+    manifest = engine.claim(sweep, experiments, asked)
     for run in runs:
         engine.check_config(configs[run.name], sweep)
         engine.refuse_other_run(sweep.root / run.name, configs[run.name])

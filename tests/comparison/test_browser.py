@@ -14,8 +14,10 @@ from matplotlib.image import imread
 
 from comparison_fixtures import language_modeling
 from mhe_lightning.comparison.html import write_report
-from mhe_lightning.comparison.tables import comparison_table, render
+from mhe_lightning.comparison.tables import render
+from mhe_lightning.comparison.task_table import comparison_table
 
+REPORTS = sorted((Path(__file__).parents[2] / "docs" / "results").rglob("report.html"))
 FLAGS = [
     "--headless",
     "--no-sandbox",
@@ -104,8 +106,21 @@ def test_every_figure_is_laid_out(width: int, chromium: str, report: Path, tmp_p
         measured.write_text(f"<!DOCTYPE html><body>{frame}{RECEIVE}</body>", encoding="utf-8")
     else:
         measured.write_text(text.replace("</body>", MEASURE), encoding="utf-8")
+    assert_whole(chromium, measured, text, tmp_path)
+
+
+@pytest.mark.parametrize("page", REPORTS, ids=lambda page: page.parent.name)
+def test_published_reports_are_whole(page: Path, chromium: str, tmp_path: Path) -> None:
+    text = page.read_text("utf-8")
+    measured = tmp_path / "measured.html"
+    measured.write_text(text.replace("</body>", MEASURE), encoding="utf-8")
+    assert_whole(chromium, measured, text, tmp_path)
+
+
+def assert_whole(chromium: str, measured: Path, text: str, folder: Path) -> None:
+    """Each figure of the page has its place and is drawn, nothing is complained of, the page fits the window."""
     dom, console = browse(
-        chromium, measured, tmp_path / "profile", "--dump-dom", "--window-size=1200,1500", "--virtual-time-budget=3000"
+        chromium, measured, folder / "profile", "--dump-dom", "--window-size=1200,1500", "--virtual-time-budget=3000"
     )
     assert console == []
     found = re.search(r'<pre id="measured">(.*?)</pre>', dom)

@@ -11,9 +11,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from mhe_lightning.comparison.overview import multi_task_table
 from mhe_lightning.comparison.results import Comparison, Estimate, Metric, Variant
 from mhe_lightning.comparison.statistics import elasticities, estimate, paired_test, retained
-from mhe_lightning.comparison.tables import RENDERERS, Column, Table, comparison_table, multi_task_table, render
+from mhe_lightning.comparison.tables import RENDERERS, Column, Table, render
+from mhe_lightning.comparison.task_table import comparison_table
 from mhe_lightning.data.glue import TASKS as GLUE_TASKS
 
 PPL = Metric("ppl", higher_is_better=False)
