@@ -156,6 +156,7 @@ class Schedule:
         cache_dtype: of keys and values in decoding.
         checkpointing: whether blocks are computed again in the backward pass.
         translates: whether there is a source beside the target.
+        on_gpu: whether attention dropout is part of the attention kernel.
     """
 
     length: int
@@ -168,6 +169,7 @@ class Schedule:
     cache_dtype: torch.dtype
     checkpointing: bool
     translates: bool
+    on_gpu: bool
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -230,6 +232,11 @@ class Experiment:
         return size
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether training is meant for a GPU: configs for a CPU say so."""
+        return str(self.config.trainer.accelerator) != "cpu"
+
+    @property
     def sharded(self) -> bool:
         """Whether weights, gradients and the optimizer's state are spread over the ranks."""
         return self.world_size > 1 and any(name in self.strategy for name in SHARDED)
@@ -269,6 +276,7 @@ class Experiment:
             cache_dtype=self.precision.cache,
             checkpointing=bool(self._spec.init_args.get("activation_checkpointing")),
             translates="target_tokens" in batch,
+            on_gpu=self.on_gpu,
         )
 
     def cost(self, name: str, sizes: Mapping[str, int], *, trace: bool = True) -> Cost:
@@ -287,7 +295,7 @@ class Experiment:
             self.data.largest_batch(self.world_size),
             dtype=self.precision.weights,
             autocast=self.precision.autocast,
-            fused_attention=self.config.trainer.accelerator not in ("cpu", "auto"),
+            fused_attention=self.on_gpu,
             accumulating=self._accumulating,
         )
 

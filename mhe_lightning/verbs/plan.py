@@ -15,6 +15,7 @@ from mhe_lightning.files import write_text
 from mhe_lightning.planning import DTYPES, Cost, Experiment, Schedule
 from mhe_lightning.sizing import match
 from mhe_lightning.variants import config_files, find_overlays
+from mhe_lightning.verbs import UserError
 from mhe_lightning.verbs.experiment import Experiments
 from mhe_lightning.verbs.parsing import as_user_error
 from mhe_lightning.verbs.passing import PassingParser, add_variant_arguments
@@ -52,9 +53,10 @@ def main(verb: str, args: list[str]) -> None:
             write_text(Path(options.json), text)
         if options.csv:
             write_text(Path(options.csv), render(_joined(tables), "csv"))
+    except UserError as error:
+        raise UserError(f"{error}{parser.hint(str(error))}") from error
     except ValueError as error:
-        found = as_user_error(error) or error
-        raise type(found)(f"{found}{parser.hint(str(found))}") from error
+        raise as_user_error(error) or error from error
 
 
 def _check(parser: PassingParser, options: argparse.Namespace) -> None:
@@ -191,8 +193,9 @@ def _memory_table(table: _MakeTable, against: _Against, schedule: Schedule) -> T
         [*parts, *against(_memory("total"))],
         [
             f"{schedule.precision}, strategy {schedule.strategy}, activation checkpointing "
-            f"{'on' if schedule.checkpointing else 'off'}, the largest micro-batch of a rank; activations hold what is "
-            "needed for a moment, too; the libraries themselves come on top"
+            f"{'on' if schedule.checkpointing else 'off'}, the largest micro-batch of a rank, attention as "
+            f"{'a GPU' if schedule.on_gpu else 'a CPU'} computes it; activations hold what is needed for a moment, too; "
+            "the libraries themselves come on top"
         ],
     )
 
