@@ -20,7 +20,7 @@ from mhe_lightning.data import ExactDataModule
 from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
 from mhe_lightning.tasks import Task
 from mhe_lightning.tracing import Counts, Flops, Step, of_depth
-from mhe_lightning.verbs.experiment import LINKED, attribute
+from mhe_lightning.verbs.experiment import LINKED, attribute, class_of
 from mhe_lightning.verbs.parsing import Parser, data_module
 
 SHARDED = ("fsdp", "model_parallel", "modelparallel")
@@ -47,11 +47,6 @@ class Precision:
 
     weights: torch.dtype
     autocast: torch.dtype | None
-
-    @property
-    def cache(self) -> torch.dtype:
-        """Dtype of keys and values."""
-        return self.autocast or self.weights
 
 
 PRECISIONS = {
@@ -153,10 +148,11 @@ class Schedule:
         world_size: processes.
         strategy: of the trainer.
         precision: of the trainer.
-        cache_dtype: of keys and values in decoding.
+        cache_dtype: of keys and values in decoding, which this library does in the weights' dtype.
         checkpointing: whether blocks are computed again in the backward pass.
         translates: whether there is a source beside the target.
         on_gpu: whether attention dropout is part of the attention kernel.
+        sharded: whether weights, gradients and the optimizer's state are spread over the ranks.
     """
 
     length: int
@@ -170,6 +166,7 @@ class Schedule:
     checkpointing: bool
     translates: bool
     on_gpu: bool
+    sharded: bool
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -185,7 +182,7 @@ class Experiment:
         world_size: number of processes; the config's devices × nodes if not given.
 
     Raises:
-        ValueError: the vocabulary's size or the number of processes is not known, or a setting is refused.
+        ValueError: the vocabulary's size is not known, or a setting is refused.
     """
 
     def __init__(self, config: Namespace, vocab_size: int | None = None, world_size: int | None = None) -> None:
@@ -202,7 +199,7 @@ class Experiment:
         spec.init_args.net.init_args.vocab_size = self.vocab_size
         spec.init_args.max_steps = max(1, config.trainer.max_steps)
         known: dict[str, Any] = {"tokenizer": Tokenizer(models.BPE()), "end_token": 0}
-        takes = inspect.signature(_class_of(spec.class_path)).parameters
+        takes = inspect.signature(class_of(spec.class_path)).parameters
         for name in LINKED:
             if name in takes:
                 spec.init_args[name] = known[name] if name in known else attribute(data, name)
@@ -273,10 +270,11 @@ class Experiment:
             world_size=self.world_size,
             strategy=self.strategy,
             precision=ALIASES.get(str(trainer.precision), str(trainer.precision)),
-            cache_dtype=self.precision.cache,
+            cache_dtype=self.precision.weights,
             checkpointing=bool(self._spec.init_args.get("activation_checkpointing")),
             translates="target_tokens" in batch,
             on_gpu=self.on_gpu,
+            sharded=self.sharded,
         )
 
     def cost(self, name: str, sizes: Mapping[str, int], *, trace: bool = True) -> Cost:
@@ -317,15 +315,20 @@ class Experiment:
         size = self.precision.weights.itemsize
         weights = sum(p.numel() for p in task.parameters()) * size
         gradients = sum(p.numel() for p in task.parameters() if p.requires_grad) * size
-        peak = self._of_depth(MEMORY_DEPTHS, Step.memory).peak
-        activations = peak if self._accumulating else peak - gradients
+        step = self._of_depth(MEMORY_DEPTHS, Step.memory)
+        activations = step.peak
+        if not self._accumulating:
+            # Lightning drops the last step's gradients after the forward pass; those of this one come in the backward
+            activations = max(step.forward, step.early - gradients, step.late - gradients)
         communication = 0
         shards = 1
         if self.sharded:
             shards = self.world_size
             blocks = getattr(task.net, "blocks", None) or [task.net]
-            # the block that is computed and the next one, which is fetched meanwhile, and a block's gradient
-            communication = 3 * max(sum(p.numel() for p in block.parameters()) for block in blocks) * size
+            sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+            root = weights // size - sum(sizes)  # embeddings and heads, gathered for the whole step
+            # the block that is computed and the next one, which is fetched meanwhile, and the largest gradient
+            communication = (root + 2 * max(sizes) + max(root, *sizes)) * size
         elif self.world_size > 1:
             communication = gradients  # the buckets are a copy of them
         return Memory(
@@ -351,28 +354,16 @@ def precision_of(precision: object) -> Precision:
 
 
 def processes_of(trainer: Namespace) -> int:
-    """Processes that a trainer's config asks for.
-
-    Raises:
-        ValueError: the config leaves it to the machine.
-    """
+    """Processes that a trainer's config asks for; one where it leaves that to the machine."""
     devices = trainer.devices
-    if isinstance(devices, str) and devices.lstrip("-").isdigit():
-        devices = int(devices)
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
     if isinstance(devices, (list, tuple)):
         devices = len(devices)
-    if not isinstance(devices, int) or devices < 1:
-        raise ValueError(
-            f"trainer.devices ({trainer.devices}) leaves the number of processes to the machine; give --world_size"
-        )
-    return int(devices * trainer.num_nodes)
+    if str(devices).isdigit() and int(devices) > 0:
+        return int(devices) * int(trainer.num_nodes)
+    return 1
 
 
 def _strategy_name(strategy: Any) -> str:
     return str(strategy.class_path if isinstance(strategy, Namespace) else strategy).lower()
-
-
-def _class_of(path: str) -> type:
-    module, _, name = path.rpartition(".")
-    found: type = getattr(__import__(module, fromlist=[name]), name)
-    return found

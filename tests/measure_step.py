@@ -45,9 +45,11 @@ def measure(experiment: Experiment) -> int:
     optimizer = task.configure_optimizers()
     batch = random_batch(experiment)
     for _ in range(STEPS):
-        task.training_step(batch, 0).backward()
+        loss = task.training_step(batch, 0)
+        optimizer.zero_grad(set_to_none=True)  # where Lightning does it
+        loss.backward()
+        del loss
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         task._window.clear()
     return level("VmHWM") - before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -47,7 +48,7 @@ class Options:
     allowed: Collection[str] = ()
     latency: bool = False
     text: Sequence[str] | None = None
-    max_tokens: int = 2048
+    max_tokens: int = 4096
 
 
 @dataclass
@@ -98,6 +99,10 @@ def _compare(task: str, runs: Sequence[FinishedRun], options: Options, experimen
             notes.append(_how_latency_was_measured())
     if options.baseline not in groups:
         notes.append(f"PEoP is not defined, since there are no runs of {options.baseline}.")
+    if len({run.results.get("machine") and json.dumps(run.results["machine"]) for run in runs}) > 1:
+        notes.append("Runs were made on different machines: tokens/s and peak memory do not compare.")
+    if any(cost.with_source for cost in costs.values()):
+        notes.append("Bytes of the cache are for a token of the source and one of the target.")
     modes = {run.mode for run in runs if run.attention != options.reference} or {runs[0].mode}
     return Comparison(
         task=task,
@@ -187,15 +192,19 @@ class _Costs:
     cache_bytes: int | None
     cache_dtype_bytes: int
     max_context: int | None
+    with_source: bool
 
     @classmethod
     def of(cls, run: FinishedRun, experiments: Experiments) -> _Costs:
         """Of the run's model, built without memory."""
         config = {key: value for key, value in run.config.items() if key not in NOT_OF_AN_EXPERIMENT}
         parsed: Namespace = experiments.parser.parse_object(config)
-        experiment = Experiment(parsed, run.results["data"]["vocab_size"], world_size=1)
+        vocab_size = run.results.get("data", {}).get("vocab_size")
+        if vocab_size is None:
+            raise UserError(f"{run.path} does not record its vocabulary; its data module is not one of this library's")
+        experiment = Experiment(parsed, vocab_size, world_size=1)
         net = experiment.empty_task().net
-        size = experiment.precision.cache.itemsize
+        size = experiment.precision.weights.itemsize
         cache = cache_size(net)
         return cls(
             attention=attention_weights(net),
@@ -203,6 +212,7 @@ class _Costs:
             cache_bytes=None if cache is None else size * (cache.per_token + cache.per_source_token),
             cache_dtype_bytes=size,
             max_context=getattr(net, "max_length", None),
+            with_source=cache is not None and cache.per_source_token > 0,
         )
 
 

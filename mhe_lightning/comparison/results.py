@@ -100,7 +100,8 @@ class Variant:
         parameters: of the whole model.
         tokens_per_second: in training.
         peak_memory_bytes: of the training process.
-        cache_bytes_per_token: of the KV caches of all layers, for one token of one sequence; None for encoders.
+        cache_bytes_per_token: of the KV caches of all layers, for one token of one sequence; in an encoder–decoder, for
+            one of the source and one of the target; None for encoders.
         cache_dtype_bytes: bytes of a number in that cache.
         latency: length of the context in tokens → median seconds for the next token of one sequence; empty if it was
             not measured.

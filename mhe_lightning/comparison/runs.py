@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -14,6 +15,7 @@ import yaml
 
 from mhe_lightning.callbacks.metrics_csv import METRICS
 from mhe_lightning.callbacks.run_record import CONFIG, RESULTS, VERB_OF, read_results
+from mhe_lightning.checkpoint import step_of
 from mhe_lightning.comparison.results import Curve, Metric
 from mhe_lightning.run import differences
 from mhe_lightning.sweep import MANIFEST, read_manifest, task_of
@@ -49,6 +51,7 @@ class FinishedRun:
         attention: name of its attention, as its sweep has it, or made from its class.
         seed: of everything that was drawn.
         mode: what its sweep made equal; "equal_architecture" outside of one.
+        spend: where parameters or FLOPs that its attention saves went; None in "equal_architecture".
         sizes: what that changed in the net, option → value.
         settings: its point of the sweep's grid, option → value.
         config: of the run.
@@ -59,6 +62,7 @@ class FinishedRun:
     attention: str
     seed: int
     mode: str
+    spend: str | None
     sizes: Mapping[str, int]
     settings: Mapping[str, Any]
     config: dict[str, Any]
@@ -88,6 +92,13 @@ class FinishedRun:
             UserError: there is none.
         """
         key = f"{split}/{self.metric.name}"
+        scored, trained = self._evaluation(split).get("data", {}).get("init_args", {}), self.config["data"]["init_args"]
+        if scored.get("task") != trained.get("task") and scored:
+            verb = VERB_OF[split]
+            raise UserError(
+                f"the last `{verb}` of {self.path}, a run of {trained.get('task')}, was on {scored.get('task')}; run "
+                f"`{verb}` on {trained.get('task')} again"
+            )
         if key not in self._scores(split):
             raise UserError(f"{self.path} has no {key}; run `{VERB_OF[split]}` on it, or compare another --split")
         return float(self._scores(split)[key])
@@ -109,8 +120,17 @@ class FinishedRun:
         for key in (*self.sizes, *self.settings, *sized):
             _remove(config, key)
         model, own = config["model"], config["data"].get("init_args", {})
-        for key in _ATTENTIONS:
-            model["init_args"]["net"]["init_args"].pop(key, None)
+        net = model["init_args"]["net"]["init_args"]
+        specs = {key: net.pop(key, None) for key in _ATTENTIONS}
+        common = {
+            key: {name: spec.get("init_args", {}).get(name) for name in ("dropout", "bias")}
+            for key, spec in specs.items()
+            if spec is not None
+        }
+        if "corpus_sha256" in data:  # then where it lies does not matter
+            data.pop("path", None)
+            for key in ("path", "tokenizer", "validation_path", "test_path"):
+                own.get("corpus", {}).pop(key, None)
         trainer = config["trainer"]
         budget = {f"data.{key}": own.pop(key) for key in _BUDGET_OF_DATA if key in own}
         budget |= {f"trainer.{key}": trainer.get(key) for key in ("max_steps", "accumulate_grad_batches")}
@@ -125,11 +145,12 @@ class FinishedRun:
             "settings": {
                 "model": model,
                 "trainer": {key: value for key, value in trainer.items() if key not in _NOT_SETTINGS},
-                "pretrained": config.get("init_from") is not None,
+                "attention": common,
+                "init_from": self._pretrained(),
                 "world_size": self.results.get("world_size"),
             },
             "evaluation": {
-                "checkpoint": Path(evaluation.get("checkpoint", "step")).name.partition("step")[0] or "last",
+                "checkpoint": self._checkpoint(split),
                 "signatures": evaluation.get("signatures"),
                 "data": {
                     key: there
@@ -138,6 +159,25 @@ class FinishedRun:
                 },
             },
         }
+
+    def _pretrained(self) -> str | None:
+        """What it began with, its own attention and seed left out of the name."""
+        begun = self.config.get("init_from")
+        if begun is None:
+            return None
+        return re.sub(rf"seed=?{self.seed}\b", "{seed}", str(begun).replace(self.attention, "{attention}"))
+
+    def _checkpoint(self, split: str) -> dict[str, Any]:
+        """Which of its checkpoints was scored, and how that was chosen or made."""
+        path = self._evaluation(split).get("checkpoint")
+        if path is None:
+            return {"kind": "last"}
+        kind = Path(path).name.partition("step")[0].rstrip("-") or "last"
+        made = {"averaged": ("averaging",), "best": ("checkpoints",)}.get(kind, ())
+        step = step_of(Path(path))
+        if kind == "last" and step != self.results.get("steps"):
+            kind = f"step {step}"
+        return {"kind": kind, **{key: self.config.get(key) for key in made}}
 
     def of_its_attention(self) -> dict[str, Any]:
         """What it must have in common with the runs of its attention alone."""
@@ -215,22 +255,31 @@ def refuse_differences(runs: Sequence[FinishedRun], split: str, reference: str, 
         for key, one, other in differences(twin.of_its_attention(), run.of_its_attention()):
             found.setdefault("settings", f"{key} is {one!r} in {twin.path} and {other!r} in {run.path}")
     seen: dict[int, FinishedRun] = {}
-    for run in runs:  # batches that are filled by tokens differ from seed to seed
+    for run in (
+        runs if not any(_changes_budget(run) for run in runs) else ()
+    ):  # batches that are filled by tokens differ from seed to seed
         other = seen.setdefault(run.seed, run)
         if run.results.get("tokens_seen") != other.results.get("tokens_seen"):
             tokens = (
                 f"{other.results.get('tokens_seen')} in {other.path} and {run.results.get('tokens_seen')} in {run.path}"
             )
             found.setdefault("budget", f"tokens_seen is {tokens}")
-    modes = {run.mode: run for run in runs if run.attention != reference}
+    modes = {(run.mode, run.spend): run for run in runs if run.attention != reference}
     if len(modes) > 1:
-        (one, a), (other_mode, b) = list(modes.items())[:2]
-        found["mode"] = f"{a.path} is of a sweep of {one}, {b.path} of one of {other_mode}"
+        (one, a), (two, b) = list(modes.items())[:2]
+        told = [" by ".join(filter(None, mode)) for mode in (one, two)]
+        found["mode"] = f"{a.path} is of a sweep of {told[0]}, {b.path} of one of {told[1]}"
     for category, what in found.items():
         if category not in allowed:
             raise UserError(f"the runs differ in {category}: {what}; compare them all the same with --allow {category}")
         notes.append(f"Runs differ in {category}, which was allowed: {what}.")
     return notes
+
+
+def _changes_budget(run: FinishedRun) -> bool:
+    """Whether its sweep's grid varies how much is trained on."""
+    keys = (*_BUDGET_OF_DATA, "max_steps", "accumulate_grad_batches")
+    return any(option.rpartition(".")[2] in keys for option in run.settings)
 
 
 def mean_curves(runs: Sequence[FinishedRun]) -> list[Curve]:
@@ -303,6 +352,7 @@ def _read(folder: Path) -> FinishedRun | None:
         attention=entry["attention"],
         seed=seed,
         mode=manifest.get("mode", "equal_architecture"),
+        spend=manifest.get("spend"),
         sizes=entry.get("sizes", {}),
         settings=entry.get("settings", {}),
         config=config,

@@ -129,7 +129,7 @@ class ExactDataModule(LightningDataModule):
 
         For planning: what a step with it needs is what training needs.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define largest_batch(world_size) to be planned")
+        raise ValueError(f"{type(self).__name__} must define largest_batch(world_size) to be planned")
 
     def submission(self, predictions: list[dict[str, Any]]) -> dict[str, str]:
         """Files that the data set's benchmark asks for, by name, from all rows that `predict` gave."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from mhe_lightning.callbacks.run_record import CONFIG
 from mhe_lightning.checkpoint import checkpoints_in
 from mhe_lightning.sweep.runs import Sweep
 from mhe_lightning.tasks import Task
-from mhe_lightning.verbs.experiment import Experiments
+from mhe_lightning.verbs.experiment import Experiments, class_of
 
 Config = dict[str, Any]
 
@@ -67,8 +66,7 @@ def check_beginning(config: Config) -> None:
 
 def task_of(config: Config) -> type[Task]:
     """The task's class in a config; it says what the score is."""
-    module, _, name = config["model"]["class_path"].rpartition(".")
-    task: type[Task] = getattr(import_module(module), name)
+    task: type[Task] = class_of(config["model"]["class_path"])
     return task
 
 

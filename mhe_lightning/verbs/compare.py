@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from mhe_lightning.comparison.tables import Table, render
 from mhe_lightning.comparison.task_table import comparison_table
 from mhe_lightning.files import write_text
 from mhe_lightning.verbs import UserError
+from mhe_lightning.verbs.loading import lines_of_file
 from mhe_lightning.verbs.parsing import Parser, as_user_error
 
 EXTENSIONS = {"markdown": "md", "csv": "csv", "latex": "tex"}
@@ -62,7 +64,7 @@ def main(verb: str, args: list[str]) -> None:
                 baseline=options.baseline,
                 allowed=options.allow,
                 latency=options.latency,
-                text=None if options.text is None else _lines(Path(options.text)),
+                text=None if options.text is None else lines_of_file(options.text),
                 max_tokens=options.max_tokens,
             ),
         )
@@ -80,13 +82,6 @@ def main(verb: str, args: list[str]) -> None:
         print(f"note: {sentence}")
     if options.out is not None:
         _write(Path(options.out), options, comparisons, tables, overview, runs, args)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text; convert it with iconv") from error
 
 
 def _write(
@@ -112,7 +107,9 @@ def _write(
     for name, table in named:
         for kind, extension in EXTENSIONS.items():
             write_text(folder / f"{name.replace('/', '-')}.{extension}", render(table, kind))
-    write_text(folder / "comparison.json", json.dumps(_record(comparisons, runs), indent=1) + "\n")
+    write_text(
+        folder / "comparison.json", json.dumps(_finite(_record(comparisons, runs)), indent=1, allow_nan=False) + "\n"
+    )
     print(f"report: {report}")
     print(f"tables: {folder}/*.md, *.csv, *.tex; plots: {folder}/plots; numbers: {folder}/comparison.json")
 
@@ -139,6 +136,15 @@ def _record(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun]) -> d
             for run in runs
         ],
     }
+
+
+def _finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: what is no number is null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _parser() -> Parser:
@@ -170,5 +176,5 @@ def _parser() -> Parser:
         "--latency", action="store_true", help="Measure the time for a token, here and now; load nothing beside it."
     )
     parser.add_argument("--text", type=str, help="A text file: measure on it how differently the heads attend.")
-    parser.add_argument("--max_tokens", type=int, default=2048, help="Tokens of that text, at most.")
+    parser.add_argument("--max_tokens", type=int, default=4096, help="Tokens of that text, at most.")
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any, Optional
 
 from jsonargparse import Namespace
@@ -102,3 +103,10 @@ class Experiments(ExperimentCLI):
 def attribute(data: LightningDataModule, name: str) -> Any:
     """``data.name``, or None where a data module has none."""
     return getattr(data, name, None)
+
+
+def class_of(path: str) -> type:
+    """The class that a config names by its dotted path."""
+    module, _, name = path.rpartition(".")
+    found: type = getattr(import_module(module), name)
+    return found

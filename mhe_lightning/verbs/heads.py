@@ -14,10 +14,10 @@ from mhe_lightning.comparison.diversity import diversity_of_text, maps_of_text
 from mhe_lightning.comparison.heads_plot import plot_diversity, plot_maps
 from mhe_lightning.comparison.results import AttentionMaps, LayerDiversity
 from mhe_lightning.comparison.style import figure_bytes, require_matplotlib
-from mhe_lightning.files import atomic_write, write_text
+from mhe_lightning.files import write_bytes, write_text
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
 from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.loading import add_use_arguments, lines_of_stdin, load_trained
+from mhe_lightning.verbs.loading import add_use_arguments, lines_of_file, lines_of_stdin, load_trained
 from mhe_lightning.verbs.parsing import Parser, as_user_error
 
 MODELS = (Decoder, Encoder, EncoderDecoder)
@@ -31,7 +31,7 @@ def main(verb: str, args: list[str]) -> None:
         if options.out is not None:
             require_matplotlib()
         names = _names(options.runs)
-        lines = _lines(options.text)
+        lines = lines_of_file(options.text) if options.text else [*lines_of_stdin("a text, then Ctrl-D:")]
         diversity: dict[str, list[LayerDiversity]] = {}
         maps: dict[str, AttentionMaps] = {}
         for name, run in zip(names, options.runs, strict=True):
@@ -83,17 +83,12 @@ def _write(folder: Path, options: Namespace, diversity: Diversity, maps: Mapping
     }
     write_text(folder / "heads.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     figure = plot_diversity(diversity)
-    _write_bytes(folder / "heads.png", figure_bytes(figure, "png"))
-    _write_bytes(folder / "heads.svg", figure_bytes(figure, "svg"))
+    write_bytes(folder / "heads.png", figure_bytes(figure, "png"))
+    write_bytes(folder / "heads.svg", figure_bytes(figure, "svg"))
     for place, layer in dict.fromkeys(key for found in maps.values() for key in found.layers):
         having = {name: found for name, found in maps.items() if (place, layer) in found.layers}
-        _write_bytes(folder / f"maps-{place}-layer{layer}.png", figure_bytes(plot_maps(having, layer, place), "png"))
+        write_bytes(folder / f"maps-{place}-layer{layer}.png", figure_bytes(plot_maps(having, layer, place), "png"))
     print(f"written to {folder}")
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(content)
 
 
 def _names(runs: Sequence[str]) -> list[str]:
@@ -102,16 +97,6 @@ def _names(runs: Sequence[str]) -> list[str]:
         raise UserError(f"{next(run for run in runs if runs.count(run) > 1)} is given twice; give each run once")
     names = [run_of(Path(run))[0].resolve().name for run in runs]
     return names if len(set(names)) == len(names) else list(runs)
-
-
-def _lines(text: str | None) -> list[str]:
-    if text is None:
-        return list(lines_of_stdin("a text, then Ctrl-D:"))
-    try:
-        with open(text, encoding="utf-8") as file:
-            return [line.rstrip("\n") for line in file]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{text} is not UTF-8 text; convert it with iconv") from error
 
 
 def _parser() -> Parser:

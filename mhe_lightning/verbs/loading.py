@@ -97,6 +97,19 @@ def add_use_arguments(parser: Parser) -> None:
     parser.add_argument("--device", type=str, help="Such as cpu or cuda:1 (default: a GPU if there is one).")
 
 
+def lines_of_file(path: str) -> list[str]:
+    """The lines of a text file without their ends.
+
+    Raises:
+        UserError: it is not UTF-8 text.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.rstrip("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; convert it with iconv") from error
+
+
 def lines_of_stdin(prompt: str) -> Iterator[str]:
     """The lines of standard input without their ends; someone at a terminal is told ``prompt``."""
     if sys.stdin.isatty():

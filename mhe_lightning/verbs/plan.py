@@ -74,6 +74,7 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> tuple[list[Cost],
     overlays = find_overlays(options.attentions, configs)
     references = find_overlays([options.reference, options.baseline], configs)
     overlays = {**references, **overlays}
+    references = {name: overlays[name] for name in references}
     costs = []
     for name, overlay in overlays.items():
         sizes = match(
@@ -193,9 +194,11 @@ def _memory_table(table: _MakeTable, against: _Against, schedule: Schedule) -> T
         [*parts, *against(_memory("total"))],
         [
             f"{schedule.precision}, strategy {schedule.strategy}, activation checkpointing "
-            f"{'on' if schedule.checkpointing else 'off'}, the largest micro-batch of a rank, attention as "
-            f"{'a GPU' if schedule.on_gpu else 'a CPU'} computes it; activations hold what is needed for a moment, too; "
-            "the libraries themselves come on top"
+            f"{'on' if schedule.checkpointing else 'off'}, the largest micro-batch of "
+            f"{'a rank' if schedule.world_size > 1 else 'one process'}, attention as "
+            f"{'a GPU' if schedule.on_gpu else 'a CPU'} computes it; activations hold what a moment needs, too; "
+            "the libraries themselves come on top",
+            *(["weights, gradients and optimizer are sharded by blocks over the ranks"] if schedule.sharded else []),
         ],
     )
 
@@ -214,8 +217,8 @@ def _time_table(table: _MakeTable, against: _Against, schedule: Schedule, option
             _Part("days", lambda cost: schedule.tokens / speed(cost) / DAY, lambda value: f"{value:,.3g}"),
         ],
         [
-            f"{schedule.tokens:,} tokens in {schedule.steps:,} steps; {options.peak_tflops:g} TFLOP/s a process at "
-            f"its peak, of which {options.mfu:.0%} are used by assumption, for every attention alike"
+            f"at most {schedule.tokens:,} tokens in {schedule.steps:,} steps; {options.peak_tflops:g} TFLOP/s a "
+            f"process at its peak, of which {options.mfu:.0%} are assumed to be used, by every attention"
         ],
     )
 

@@ -69,10 +69,11 @@ def main(verb: str, args: list[str]) -> None:
 
 def _run(sweep: Sweep, options: argparse.Namespace, args: Sequence[str]) -> None:
     experiments = Experiments()
-    seeds = sweep.all_seeds(engine.read_manifest(sweep.root))
-    # runs of earlier calls with other seeds count when a point of the grid is chosen
-    runs = engine.make_runs(sweep, experiments, seeds)
+    earlier = engine.read_manifest(sweep.root)
+    runs = engine.make_runs(sweep, experiments, sweep.all_seeds(earlier))
     asked = [run for run in runs if run.seed in sweep.seeds]
+    # runs of earlier calls with other seeds count when a point of the grid is chosen
+    runs = [run for run in runs if run in asked or (earlier is not None and run.name in earlier["runs"])]
     if options.task is not None:
         if not 1 <= options.task <= len(asked):
             raise UserError(f"task ({options.task}) must be from 1 to {len(asked)}, the number of runs")
@@ -85,7 +86,7 @@ def _run(sweep: Sweep, options: argparse.Namespace, args: Sequence[str]) -> None
         engine.refuse_other_run(sweep.root / run.name, configs[run.name])
         if not looks:
             engine.check_beginning(configs[run.name])
-    if not looks:
+    if not options.dry_run and manifest != earlier:  # tasks of an array find it written
         engine.write_manifest(sweep.root, manifest)
     if options.slurm:
         own = [arg for arg in args if arg != "--slurm"]
