@@ -171,13 +171,13 @@ class FinishedRun:
         """Which of its checkpoints was scored, and how that was chosen or made."""
         path = self._evaluation(split).get("checkpoint")
         if path is None:
-            return {"kind": "last"}
+            return {"kind": "last", "made": {}}
         kind = Path(path).name.partition("step")[0].rstrip("-") or "last"
         made = {"averaged": ("averaging",), "best": ("checkpoints",)}.get(kind, ())
         step = step_of(Path(path))
         if kind == "last" and step != self.results.get("steps"):
             kind = f"step {step}"
-        return {"kind": kind, **{key: self.config.get(key) for key in made}}
+        return {"kind": kind, "made": {key: self.config.get(key) for key in made}}
 
     def of_its_attention(self) -> dict[str, Any]:
         """What it must have in common with the runs of its attention alone."""

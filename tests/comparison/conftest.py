@@ -165,4 +165,4 @@ def compare(
 @pytest.fixture
 def models_of_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models are not built to count their parameters, which takes the most time."""
-    monkeypatch.setattr(comparing._Costs, "of", lambda run, experiments: comparing._Costs(640, 1000, 64, 4, 16))
+    monkeypatch.setattr(comparing._Costs, "of", lambda run, experiments: comparing._Costs(640, 1000, 64, 4, 16, False))
