@@ -161,11 +161,11 @@ class FinishedRun:
         }
 
     def _pretrained(self) -> str | None:
-        """What it began with, its own attention and seed left out of the name."""
+        """What it began with, its own attention and any seed left out of the name."""
         begun = self.config.get("init_from")
         if begun is None:
             return None
-        return re.sub(rf"seed=?{self.seed}\b", "{seed}", str(begun).replace(self.attention, "{attention}"))
+        return re.sub(r"seed=?\d+", "{seed}", str(begun).replace(self.attention, "{attention}"))
 
     def _checkpoint(self, split: str) -> dict[str, Any]:
         """Which of its checkpoints was scored, and how that was chosen or made."""

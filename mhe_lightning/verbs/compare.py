@@ -72,6 +72,10 @@ def main(verb: str, args: list[str]) -> None:
         raise as_user_error(error) or error from error
     overview = multi_task_table(comparisons) if len(comparisons) > 1 else None
     tables = [comparison_table(comparison) for comparison in comparisons]
+    # before anything is printed: whoever reads only the first lines, as `head` does, has the report all the same
+    written = (
+        [] if options.out is None else _write(Path(options.out), options, comparisons, tables, overview, runs, args)
+    )
     for table in [*([overview] if overview else []), *tables]:
         print(render(table, "text"))
     for comparison in comparisons:
@@ -80,8 +84,8 @@ def main(verb: str, args: list[str]) -> None:
                 print(headline(comparison, variant))
     for sentence in left_out:
         print(f"note: {sentence}")
-    if options.out is not None:
-        _write(Path(options.out), options, comparisons, tables, overview, runs, args)
+    for line in written:
+        print(line)
 
 
 def _write(
@@ -92,7 +96,8 @@ def _write(
     overview: Table | None,
     runs: Sequence[FinishedRun],
     args: Sequence[str],
-) -> None:
+) -> list[str]:
+    """Write the report and what goes with it; gives the lines that say where."""
     report, *_ = write_report(
         folder,
         comparisons,
@@ -110,8 +115,10 @@ def _write(
     write_text(
         folder / "comparison.json", json.dumps(_finite(_record(comparisons, runs)), indent=1, allow_nan=False) + "\n"
     )
-    print(f"report: {report}")
-    print(f"tables: {folder}/*.md, *.csv, *.tex; plots: {folder}/plots; numbers: {folder}/comparison.json")
+    return [
+        f"report: {report}",
+        f"tables: {folder}/*.md, *.csv, *.tex; plots: {folder}/plots; numbers: {folder}/comparison.json",
+    ]
 
 
 def _record(comparisons: Sequence[Comparison], runs: Sequence[FinishedRun]) -> dict[str, Any]:
