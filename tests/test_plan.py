@@ -137,6 +137,11 @@ def test_ranks_of_a_sharded_model_hold_their_parts(strategy, plan):
     assert shared["total"] == whole["total"]
 
 
+@pytest.mark.parametrize(("devices", "processes"), [("auto", 1), ("-1", 1), ("2", 2), ("0,1", 2)])
+def test_devices_that_are_left_to_the_machine_are_taken_for_one_process(devices, processes, plan):
+    assert plan(f"--trainer.devices={devices}", "--no_trace", attentions=["mha"])["schedule"]["world_size"] == processes
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -150,7 +155,6 @@ def test_ranks_of_a_sharded_model_hold_their_parts(strategy, plan):
         (["--mode", "equal_time"], "--mode: invalid choice: 'equal_time'"),
         (["--world_sise", "8"], "did you mean --world_size?"),
         (["--trainer.precision", "16-mixed"], "trainer.precision (16-mixed) must be one of"),
-        (["--trainer.devices", "auto"], "give --world_size"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
