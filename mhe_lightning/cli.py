@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from mhe_lightning import __version__
-from mhe_lightning.verbs import UserError
+from mhe_lightning.errors import UserError
 
 USAGE = """\
 usage: python train.py VERB [options]      (or: mhe VERB [options])

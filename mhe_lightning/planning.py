@@ -18,10 +18,10 @@ from mhe_lightning.accounting import CacheSize, Count, cache_size, count_paramet
 from mhe_lightning.checkpoint import run_of
 from mhe_lightning.data import ExactDataModule
 from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
+from mhe_lightning.experiment import LINKED, attribute, class_of
+from mhe_lightning.parsing import Parser, data_module
 from mhe_lightning.tasks import Task
 from mhe_lightning.tracing import Counts, Flops, Step, of_depth
-from mhe_lightning.verbs.experiment import LINKED, attribute, class_of
-from mhe_lightning.verbs.parsing import Parser, data_module
 
 SHARDED = ("fsdp", "model_parallel", "modelparallel")
 """Parts of the names of strategies that shard weights, gradients and optimizer."""

@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from jsonargparse import Namespace
 
+from mhe_lightning.experiment import Experiments
 from mhe_lightning.planning import Experiment
-from mhe_lightning.verbs.experiment import Experiments
 
 Mode = Literal["equal_architecture", "equal_parameters", "equal_flops"]
 Spend = Literal["feed_forward", "width", "depth"]

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from mhe_lightning.experiment import Experiments
 from mhe_lightning.models.loss import IGNORE
 from mhe_lightning.planning import Experiment
-from mhe_lightning.verbs.experiment import Experiments
 
 STEPS = 3
 

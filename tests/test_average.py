@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from mhe_lightning.benchmarks import benchmark_average
 from mhe_lightning.cli import main
-from mhe_lightning.verbs.average import benchmark_average
 
 # Devlin et al. 2019, table 1, and the leaderboard's entry of the same model for WNLI and the average
 BERT_BASE = {

@@ -14,8 +14,8 @@ from tokenizers.models import BPE
 from mhe_lightning.data import TranslationData
 from mhe_lightning.data.examples import ExampleData
 from mhe_lightning.data.language_modeling import CorpusData
+from mhe_lightning.parsing import Parser
 from mhe_lightning.tasks import Task
-from mhe_lightning.verbs.parsing import Parser
 from mhe_lightning.verbs.train import TrainCLI
 
 CONFIGS = Path(__file__).parents[1] / "configs"

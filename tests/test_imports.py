@@ -59,6 +59,13 @@ def test_a_room_imports_only_the_rooms_further_in(room):
         assert imported_rooms(path) <= ALLOWED[room], path
 
 
+def test_only_the_command_line_imports_the_verbs():
+    outside = [p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE / "verbs" and p != PACKAGE / "cli.py"]
+    assert len(outside) > 50
+    for path in outside:
+        assert "verbs" not in imported_rooms(path), path
+
+
 def test_attention_imports_nothing_but_torch_and_the_standard_library():
     third_party = {"lightning", "numpy", "datasets", "tokenizers", "torchmetrics", "yaml", "jsonargparse", "triton"}
     for path in (PACKAGE / "attention").rglob("*.py"):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from mhe_lightning.experiment import Experiments
 from mhe_lightning.planning import Experiment
-from mhe_lightning.verbs.experiment import Experiments
 
 ROOT = Path(__file__).parents[1]
 OVERLAYS = ROOT / "configs" / "attention"

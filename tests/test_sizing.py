@@ -9,9 +9,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mhe_lightning.experiment import Experiments
 from mhe_lightning.planning import Experiment
 from mhe_lightning.sizing import match
-from mhe_lightning.verbs.experiment import Experiments
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ATTENTIONS = {path.stem: path for path in sorted((CONFIGS / "attention").glob("*.yaml"))}

@@ -22,9 +22,9 @@ import processes
 from conftest import ROOT
 from mhe_lightning import sweep as engine
 from mhe_lightning.cli import main
+from mhe_lightning.experiment import Experiments
 from mhe_lightning.sweep import Children, Sweep, best_point, make_runs, parse_grid
 from mhe_lightning.verbs import sweep as verb
-from mhe_lightning.verbs.experiment import Experiments
 
 ATTENTION = ROOT / "configs" / "attention"
 STEPS = 8
@@ -327,12 +327,29 @@ def test_a_failed_run_is_told_and_the_others_go_on(sweep, trainings):
     assert "1 failed: mha-seed1" in err
 
 
-def test_a_refused_config_ends_the_sweep(sweep, trainings):
+def test_a_refused_config_is_not_tried_with_other_seeds_and_the_others_go_on(sweep, trainings):
     trainings.fail = {"mha-seed1": 2}
-    code, _, err = sweep(attentions=["mha", "sha"])
+    code, _, err = sweep(attentions=["mha", "sha"], seeds=[1, 2])
+
+    assert code == 1
+    assert trainings.calls == [
+        ("fit", "mha-seed1"),
+        ("fit", "sha-seed1"),
+        ("fit", "sha-seed2"),
+        ("test", "sha-seed1"),
+        ("test", "sha-seed2"),
+    ]
+    assert "a reason" in err
+    assert "2 failed: mha-seed1, mha-seed2" in err
+
+
+@pytest.mark.parametrize("attentions", [["mha"], ["mha", "sha", "mqa"]], ids=["all of them", "two for one reason"])
+def test_a_config_that_no_run_can_have_ends_the_sweep(attentions, sweep, trainings):
+    trainings.fail = {f"{name}-seed1": 2 for name in attentions}
+    code, _, err = sweep(attentions=attentions)
 
     assert code == 2
-    assert trainings.calls == [("fit", "mha-seed1")]
+    assert trainings.calls == [("fit", f"{name}-seed1") for name in attentions[:2]]
     assert "a reason" in err
 
 

@@ -19,11 +19,11 @@ from mhe_lightning.comparison.results import Comparison, Estimate, LayerDiversit
 from mhe_lightning.comparison.runs import VERB_OF, FinishedRun, mean_curves, refuse_differences
 from mhe_lightning.comparison.statistics import elasticities, estimate, paired_test, retained
 from mhe_lightning.data.tokenizer import load_tokenizer
+from mhe_lightning.errors import UserError
+from mhe_lightning.experiment import Experiments
+from mhe_lightning.loading import Trained, load_net
 from mhe_lightning.planning import Experiment
 from mhe_lightning.run import TOKENIZER
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.experiment import Experiments
-from mhe_lightning.verbs.loading import Trained, load_net
 
 NOT_OF_AN_EXPERIMENT = ("ckpt_path", "weights_only", "verbose", "return_predictions", "config")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from mhe_lightning.benchmarks import BENCHMARKS, benchmark_average
 from mhe_lightning.comparison.columns import (
     Part,
     assemble,
@@ -23,7 +24,6 @@ from mhe_lightning.comparison.columns import (
 from mhe_lightning.comparison.results import Comparison, Estimate, Variant
 from mhe_lightning.comparison.statistics import common_seeds, elasticity, estimate, retention
 from mhe_lightning.comparison.tables import Table
-from mhe_lightning.verbs.average import BENCHMARKS, benchmark_average
 
 GROUPS = {"glue": "GLUE", "superglue": "SuperGLUE", "squad": "SQuAD"}
 """Tasks that have an average, by what their names begin with."""

@@ -17,9 +17,9 @@ from mhe_lightning.callbacks.metrics_csv import METRICS
 from mhe_lightning.callbacks.run_record import CONFIG, RESULTS, VERB_OF, read_results
 from mhe_lightning.checkpoint import step_of
 from mhe_lightning.comparison.results import Curve, Metric
+from mhe_lightning.errors import UserError
 from mhe_lightning.run import differences
 from mhe_lightning.sweep import MANIFEST, read_manifest, task_of
-from mhe_lightning.verbs import UserError
 
 CATEGORIES = ("data", "tokenizer", "budget", "versions", "settings", "evaluation", "mode")
 """What runs that are compared have in common, unless a user allows otherwise."""

@@ -9,7 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 from mhe_lightning.comparison.results import Estimate, Metric
-from mhe_lightning.verbs import UserError
+from mhe_lightning.errors import UserError
 
 
 def require_scipy() -> None:

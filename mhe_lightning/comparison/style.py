@@ -6,7 +6,7 @@ from importlib import import_module
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
-from mhe_lightning.verbs import UserError
+from mhe_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

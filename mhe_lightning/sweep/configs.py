@@ -11,9 +11,9 @@ import yaml
 from mhe_lightning import run as run_directory
 from mhe_lightning.callbacks.run_record import CONFIG
 from mhe_lightning.checkpoint import checkpoints_in
+from mhe_lightning.experiment import Experiments, class_of
 from mhe_lightning.sweep.runs import Sweep
 from mhe_lightning.tasks import Task
-from mhe_lightning.verbs.experiment import Experiments, class_of
 
 Config = dict[str, Any]
 

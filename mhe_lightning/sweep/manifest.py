@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
+from mhe_lightning.experiment import Experiments
 from mhe_lightning.files import write_text
 from mhe_lightning.run import differences
 from mhe_lightning.sweep.configs import config_differences, resolve, told
 from mhe_lightning.sweep.options import parsed, substituted
 from mhe_lightning.sweep.runs import Run, Sweep
-from mhe_lightning.verbs.experiment import Experiments
 
 MANIFEST = "sweep.json"
 FORMAT_VERSION = 1

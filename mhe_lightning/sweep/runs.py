@@ -9,9 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+from mhe_lightning.experiment import Experiments
 from mhe_lightning.sizing import Mode, Spend, match
 from mhe_lightning.sweep.options import OWN, canonical, passed_options, substituted
-from mhe_lightning.verbs.experiment import Experiments
 
 CHECKPOINTS = {"last": "auto", "best": "best", "averaged": "averaged"}
 """What `test` can score → its ``--ckpt_path``."""

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mhe_lightning import run as run_directory
+from mhe_lightning.errors import UserError
 from mhe_lightning.sweep.configs import Config, task_of
 from mhe_lightning.sweep.outcomes import begin_from, is_finished, results_of, tested_score
 from mhe_lightning.sweep.runs import CHECKPOINTS, Run, Sweep
 from mhe_lightning.tasks import Task
-from mhe_lightning.verbs import UserError
 
 LOCK_PATIENCE = 10.0
 """Seconds for a killed process to let go of its run."""
+
+_Variant = tuple[str, tuple[tuple[str, str], ...]]
+"""An attention and a point of the grid."""
 
 Launch = Callable[[Sequence[str], Path], int]
 """Runs the command line with these arguments, appends what it prints to a file, and returns its exit code."""
@@ -54,15 +57,19 @@ def train(sweep: Sweep, runs: Sequence[Numbered], configs: Mapping[str, Config],
         The names of those that failed.
 
     Raises:
-        UserError: a run's config was refused, or another process is writing to a run.
+        UserError: every config was refused, or two of them for one reason; or another process is writing to a run.
     """
     failed = []
+    refusals = _Refusals(sweep, runs)
     seconds: list[float] = []
     waiting = [n.run.name for n in runs if not is_finished(sweep.root / n.run.name, configs[n.run.name])]
     for number in runs:
         run, folder, config = number.run, sweep.root / number.run.name, configs[number.run.name]
         if is_finished(folder, config):
             print(f"{number.place} {run.name}  {_validation_told(folder, task_of(config))}finished earlier", flush=True)
+            continue
+        if refusals.of_alike(run):
+            failed.append(run.name)
             continue
         _wait_for_lock(folder)
         step = run_directory.last_step(folder)
@@ -76,7 +83,7 @@ def train(sweep: Sweep, runs: Sequence[Numbered], configs: Mapping[str, Config],
             told = f"{_validation_told(folder, task_of(config))}{duration(taken)}{more}"
             print(f"{number.place} {run.name}  {told}", flush=True)
         else:
-            _tell_failure(sweep, run, "fit", code)
+            refusals.tell_failure(run, "fit", code)
             failed.append(run.name)
     return failed
 
@@ -94,18 +101,22 @@ def score(sweep: Sweep, runs: Sequence[Numbered], configs: Mapping[str, Config],
         The names of those that failed.
 
     Raises:
-        UserError: a run's config was refused, or the test split has no labels.
+        UserError: every config was refused, or two of them for one reason; or the test split has no labels.
     """
     failed = []
+    refusals = _Refusals(sweep, runs)
     checkpoint = CHECKPOINTS[sweep.score]
     for number in runs:
         run, folder, config = number.run, sweep.root / number.run.name, configs[number.run.name]
         task = task_of(config)
         found, told = tested_score(folder, config, checkpoint, task), "tested earlier"
         if found is None:
+            if refusals.of_alike(run):
+                failed.append(run.name)
+                continue
             code, taken = _timed(launch, "test", sweep, run, checkpoint)
             if code != 0:
-                _tell_failure(sweep, run, "test", code)
+                refusals.tell_failure(run, "test", code)
                 failed.append(run.name)
                 continue
             found, told = tested_score(folder, config, checkpoint, task), duration(taken)
@@ -162,20 +173,49 @@ def _wait_for_lock(folder: Path) -> None:
             time.sleep(0.2)
 
 
-def _tell_failure(sweep: Sweep, run: Run, verb: str, code: int) -> None:
-    """Say how a child failed.
+class _Refusals:
+    """Tells how children fail. A config that was refused once is not tried with other seeds.
 
-    Raises:
-        UserError: its config was refused, as those of all others would be.
+    Args:
+        sweep: what is compared.
+        runs: all that are tried.
     """
-    log = log_of(sweep, run)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    lines = [line for line in text.rpartition("\n$ ")[2].splitlines() if line.strip()]
-    if code == 2:
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise UserError(f"`{verb}` of {run.name}: {errors[-1] if errors else 'refused'} (all it printed: {log})")
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    if code == 0:
-        how = "ended before its last step"
-    print(f"{run.name} failed: `{verb}`, {how}; the end of {log}:", file=sys.stderr)
-    print("\n".join(f"    {line}" for line in lines[-15:]), file=sys.stderr, flush=True)
+
+    def __init__(self, sweep: Sweep, runs: Sequence[Numbered]) -> None:
+        self.sweep = sweep
+        self.variants = {_variant(number.run) for number in runs}
+        self.reasons: dict[_Variant, str] = {}
+
+    def of_alike(self, run: Run) -> bool:
+        """Whether the config of this run was refused with another seed."""
+        return _variant(run) in self.reasons
+
+    def tell_failure(self, run: Run, verb: str, code: int) -> None:
+        """Say how a child failed.
+
+        Raises:
+            UserError: its config was refused, and so were those of all others, or one other for the same reason.
+        """
+        log = log_of(self.sweep, run)
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        lines = [line for line in text.rpartition("\n$ ")[2].splitlines() if line.strip()]
+        if code == 2:
+            errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            reason = errors[-1] if errors else "refused"
+            message = f"`{verb}` of {run.name}: {reason} (all it printed: {log})"
+            again = reason in self.reasons.values()
+            self.reasons[_variant(run)] = reason
+            if again or self.variants == self.reasons.keys():
+                raise UserError(message)
+            print(f"{message}; going on without it", file=sys.stderr, flush=True)
+            return
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if code == 0:
+            how = "ended before its last step"
+        print(f"{run.name} failed: `{verb}`, {how}; the end of {log}:", file=sys.stderr)
+        print("\n".join(f"    {line}" for line in lines[-15:]), file=sys.stderr, flush=True)
+
+
+def _variant(run: Run) -> _Variant:
+    """What the runs of all seeds have in common."""
+    return run.attention, tuple(run.settings.items())

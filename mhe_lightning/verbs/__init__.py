@@ -1,5 +1,1 @@
 """The verbs of the command line, a module each."""
-
-
-class UserError(Exception):
-    """Something that the user can put right: printed in a few lines without a traceback; exit code 2."""

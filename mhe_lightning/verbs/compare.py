@@ -21,10 +21,10 @@ from mhe_lightning.comparison.statistics import require_scipy
 from mhe_lightning.comparison.style import require_matplotlib
 from mhe_lightning.comparison.tables import Table, render
 from mhe_lightning.comparison.task_table import comparison_table
+from mhe_lightning.errors import UserError
 from mhe_lightning.files import write_text
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.loading import lines_of_file
-from mhe_lightning.verbs.parsing import Parser, as_user_error
+from mhe_lightning.loading import lines_of_file
+from mhe_lightning.parsing import Parser, as_user_error
 
 EXTENSIONS = {"markdown": "md", "csv": "csv", "latex": "tex"}
 

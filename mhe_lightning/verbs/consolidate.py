@@ -8,8 +8,8 @@ from pathlib import Path
 from mhe_lightning import run
 from mhe_lightning.averaging import average_checkpoints, averaged_path, last_checkpoints, write_average
 from mhe_lightning.checkpoint import AtomicCheckpointIO, run_of, step_of
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.parsing import Parser, as_user_error
+from mhe_lightning.errors import UserError
+from mhe_lightning.parsing import Parser, as_user_error
 
 
 def main(verb: str, args: list[str]) -> None:

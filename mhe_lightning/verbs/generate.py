@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from mhe_lightning.data.tokenizer import end_of_text_id
+from mhe_lightning.loading import add_model_arguments, lines_of_stdin, load_trained
 from mhe_lightning.models import Decoder
 from mhe_lightning.models.generation import generate_text
-from mhe_lightning.verbs.loading import add_model_arguments, lines_of_stdin, load_trained
-from mhe_lightning.verbs.parsing import Parser, as_user_error
+from mhe_lightning.parsing import Parser, as_user_error
 
 
 def main(verb: str, args: list[str]) -> None:

@@ -14,11 +14,11 @@ from mhe_lightning.comparison.diversity import diversity_of_text, maps_of_text
 from mhe_lightning.comparison.heads_plot import plot_diversity, plot_maps
 from mhe_lightning.comparison.results import AttentionMaps, LayerDiversity
 from mhe_lightning.comparison.style import figure_bytes, require_matplotlib
+from mhe_lightning.errors import UserError
 from mhe_lightning.files import write_bytes, write_text
+from mhe_lightning.loading import add_use_arguments, lines_of_file, lines_of_stdin, load_trained
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.loading import add_use_arguments, lines_of_file, lines_of_stdin, load_trained
-from mhe_lightning.verbs.parsing import Parser, as_user_error
+from mhe_lightning.parsing import Parser, as_user_error
 
 MODELS = (Decoder, Encoder, EncoderDecoder)
 

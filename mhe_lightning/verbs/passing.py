@@ -7,8 +7,8 @@ import re
 from difflib import get_close_matches
 from typing import Any, NoReturn, get_args
 
+from mhe_lightning.errors import UserError
 from mhe_lightning.sizing import Mode, Spend
-from mhe_lightning.verbs import UserError
 
 
 class PassingParser(argparse.ArgumentParser):

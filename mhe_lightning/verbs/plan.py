@@ -11,13 +11,13 @@ from typing import Any
 
 from mhe_lightning.accounting import PARTS
 from mhe_lightning.comparison.tables import Column, Table, Value, render
+from mhe_lightning.errors import UserError
+from mhe_lightning.experiment import Experiments
 from mhe_lightning.files import write_text
+from mhe_lightning.parsing import as_user_error
 from mhe_lightning.planning import DTYPES, Cost, Experiment, Schedule
 from mhe_lightning.sizing import match
 from mhe_lightning.variants import config_files, find_overlays
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.experiment import Experiments
-from mhe_lightning.verbs.parsing import as_user_error
 from mhe_lightning.verbs.passing import PassingParser, add_variant_arguments
 
 DESCRIPTION = """\

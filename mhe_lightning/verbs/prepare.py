@@ -8,9 +8,9 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningDataModule
 
 from mhe_lightning.data import ExactDataModule
+from mhe_lightning.errors import UserError
+from mhe_lightning.parsing import Parser, as_user_error, data_module
 from mhe_lightning.pretrained import take_tokenizer
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.parsing import Parser, as_user_error, data_module
 
 
 def main(verb: str, args: list[str]) -> None:

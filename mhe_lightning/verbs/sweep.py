@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mhe_lightning import sweep as engine
+from mhe_lightning.errors import UserError
+from mhe_lightning.experiment import Experiments
+from mhe_lightning.parsing import as_user_error
 from mhe_lightning.sweep import Children, Config, Numbered, Run, Stopped, Sweep
 from mhe_lightning.variants import config_files, find_overlays
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.experiment import Experiments
-from mhe_lightning.verbs.parsing import as_user_error
 from mhe_lightning.verbs.passing import PassingParser, add_variant_arguments
 
 DESCRIPTION = """\

@@ -38,11 +38,11 @@ from mhe_lightning.checkpoint import (
 )
 from mhe_lightning.data import ExactDataModule
 from mhe_lightning.data.tokenizer import tokenizer_hash
+from mhe_lightning.errors import UserError
+from mhe_lightning.experiment import ExperimentCLI
 from mhe_lightning.files import write_text
+from mhe_lightning.parsing import as_user_error, data_module
 from mhe_lightning.pretrained import load_pretrained, take_tokenizer
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.experiment import ExperimentCLI
-from mhe_lightning.verbs.parsing import as_user_error, data_module
 
 
 def main(verb: str, args: list[str]) -> None:

@@ -12,12 +12,12 @@ from tokenizers import Tokenizer
 from mhe_lightning.data.examples import pad
 from mhe_lightning.data.sequences import SequenceFormat
 from mhe_lightning.data.translation import encode_sources, is_empty
+from mhe_lightning.errors import UserError
+from mhe_lightning.loading import add_model_arguments, lines_of_stdin, load_trained
 from mhe_lightning.models import EncoderDecoder
 from mhe_lightning.models.search import check_search
+from mhe_lightning.parsing import Parser, as_user_error
 from mhe_lightning.tasks.translation import translate
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.loading import add_model_arguments, lines_of_stdin, load_trained
-from mhe_lightning.verbs.parsing import Parser, as_user_error
 
 SEARCH = ("beam_size", "length_penalty", "extra_tokens")
 """Options whose defaults are the settings of the run."""

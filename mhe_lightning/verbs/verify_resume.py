@@ -8,8 +8,8 @@ from mhe_lightning.checkpoint import read_checkpoint, run_of
 from mhe_lightning.data import verify_certificate
 from mhe_lightning.data.sampler import order_from
 from mhe_lightning.data.streaming import ENDLESS
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.parsing import Parser, as_user_error
+from mhe_lightning.errors import UserError
+from mhe_lightning.parsing import Parser, as_user_error
 
 
 def main(verb: str, args: list[str]) -> None:

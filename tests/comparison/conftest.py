@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT
 from mhe_lightning.cli import main
 from mhe_lightning.comparison import compare as comparing
-from mhe_lightning.verbs.experiment import Experiments
+from mhe_lightning.experiment import Experiments
 
 NOT_NEEDED = ("checkpoints", "tensorboard", "tokenizer.json", ".lock")
 REMOVED = object()

@@ -28,7 +28,7 @@ from mhe_lightning.comparison.plots import (
 )
 from mhe_lightning.comparison.results import AttentionMaps, Comparison, Estimate, LayerDiversity
 from mhe_lightning.comparison.style import bar_style, figure_bytes, line_style, new_figure, require_matplotlib
-from mhe_lightning.verbs import UserError
+from mhe_lightning.errors import UserError
 
 few = st.integers(0, 4).map(float)
 

@@ -12,8 +12,8 @@ import yaml
 from conftest import ROOT
 from mhe_lightning.comparison.results import Curve
 from mhe_lightning.comparison.runs import attention_name, find_runs, mean_curves
+from mhe_lightning.errors import UserError
 from mhe_lightning.sweep import resolve
-from mhe_lightning.verbs import UserError
 
 pytestmark = pytest.mark.usefixtures("models_of_one_size")
 

@@ -22,7 +22,7 @@ from mhe_lightning.comparison.statistics import (
     retained,
     retention,
 )
-from mhe_lightning.verbs import UserError
+from mhe_lightning.errors import UserError
 
 PPL = Metric("ppl", higher_is_better=False)
 ACCURACY = Metric("accuracy", higher_is_better=True, unit=100)

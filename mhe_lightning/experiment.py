@@ -12,8 +12,8 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mhe_lightning.callbacks import AverageCheckpoints, Checkpoints, Samples
+from mhe_lightning.parsing import Parser
 from mhe_lightning.tasks import Task
-from mhe_lightning.verbs.parsing import Parser
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "runs",

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import mhe_lightning
-from mhe_lightning.verbs import UserError
+from mhe_lightning.errors import UserError
 
 
 class Parser(LightningArgumentParser):

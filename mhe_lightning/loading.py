@@ -15,8 +15,8 @@ from torch import nn
 from mhe_lightning import run
 from mhe_lightning.checkpoint import config_of, read_checkpoint, run_of
 from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
-from mhe_lightning.verbs import UserError
-from mhe_lightning.verbs.parsing import Parser
+from mhe_lightning.errors import UserError
+from mhe_lightning.parsing import Parser
 
 
 class Trained(NamedTuple):
