@@ -26,6 +26,7 @@ Train and use transformers with any attention.
   average        the GLUE or SuperGLUE average of runs  average runs/bert_base_*
   generate       continue texts with a trained decoder  generate runs/quickstart
   translate      translate standard input, line by line translate runs/small_multi30k < sentences.txt
+  export         a model for transformers and engines   export runs/quickstart exported/quickstart
   compare        what attentions keep and cost, by runs compare runs/sweeps/wikitext2 --out report
   heads          how differently a model's heads attend heads runs/a runs/b --text FILE
   verify-resume  prove from a checkpoint that no training row was skipped or repeated
@@ -44,6 +45,7 @@ VERBS = {
     "consolidate": "consolidate",
     "average": "average",
     "generate": "generate",
+    "export": "export",
     "translate": "translate",
     "compare": "compare",
     "heads": "heads",

@@ -40,13 +40,7 @@ def load_trained(options: Namespace, kind: type[nn.Module] | tuple[type[nn.Modul
     """
     if options.batch_size < 1:
         raise UserError(f"batch_size ({options.batch_size}) must be at least 1")
-    given = Path(options.run_or_ckpt)
-    folder, path = run_of(given)
-    if given.is_dir() and options.ckpt_path != "auto":
-        found = run.resolve_checkpoint(options.ckpt_path, folder)
-        if found is None:
-            raise UserError(f"{folder} holds no {options.ckpt_path} checkpoint; leave out --ckpt_path for its newest")
-        path = Path(found)
+    folder, path = find_checkpoint(options.run_or_ckpt, options.ckpt_path)
     checkpoint = read_checkpoint(path)
     net = load_net(checkpoint)
     if not isinstance(net, kind):
@@ -63,6 +57,26 @@ def load_trained(options: Namespace, kind: type[nn.Module] | tuple[type[nn.Modul
     except (RuntimeError, AssertionError) as error:  # torch's, for a device that is unknown or not there
         raise UserError(f"device ({device}) cannot be used: {str(error).splitlines()[0]}") from error
     return Trained(net, tokenizer, config_of(checkpoint)["model"]["init_args"])
+
+
+def find_checkpoint(run_or_ckpt: str, ckpt_path: str) -> tuple[Path, Path]:
+    """The run directory and the checkpoint that a verb's arguments mean.
+
+    Args:
+        run_or_ckpt: a run directory or a checkpoint file.
+        ckpt_path: of a run directory "auto", "best" or "averaged".
+
+    Raises:
+        UserError: the run has no such checkpoint.
+    """
+    given = Path(run_or_ckpt)
+    folder, path = run_of(given)
+    if given.is_dir() and ckpt_path != "auto":
+        found = run.resolve_checkpoint(ckpt_path, folder)
+        if found is None:
+            raise UserError(f"{folder} holds no {ckpt_path} checkpoint; leave out --ckpt_path for its newest")
+        path = Path(found)
+    return folder, path
 
 
 def load_net(checkpoint: dict[str, Any]) -> nn.Module:
@@ -85,6 +99,14 @@ def add_model_arguments(parser: Parser) -> None:
 
 def add_use_arguments(parser: Parser) -> None:
     """The same without the model's path: those of `load_trained` that several models can share."""
+    add_checkpoint_argument(parser)
+    parser.add_argument("--batch_size", type=int, default=16, help="Texts that go through the model together.")
+    parser.add_argument("--tokenizer", type=str, help="A tokenizer.json (default: the run's).")
+    parser.add_argument("--device", type=str, help="Such as cpu or cuda:1 (default: a GPU if there is one).")
+
+
+def add_checkpoint_argument(parser: Parser) -> None:
+    """The option that says which checkpoint of a run is used."""
     parser.add_argument(
         "--ckpt_path",
         type=str,
@@ -92,9 +114,6 @@ def add_use_arguments(parser: Parser) -> None:
         default="auto",
         help="Of a run directory: its newest checkpoint ('auto'), the best or the averaged one.",
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="Texts that go through the model together.")
-    parser.add_argument("--tokenizer", type=str, help="A tokenizer.json (default: the run's).")
-    parser.add_argument("--device", type=str, help="Such as cpu or cuda:1 (default: a GPU if there is one).")
 
 
 def lines_of_file(path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What every attention shares: argument checks, masks, causality, the KV cache and the one call to SDPA.
+"""What every attention shares: argument checks, masks, causality and the one call to SDPA.
 
 A variant states only how queries are made (`query`), what a KV cache stores (`key_value`) and how the heads become
 the output (`merge`). Tensors are written with the paper's symbols: `B` batch, `T` queries, `S` keys, `n` heads of
@@ -13,6 +13,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mhe_lightning.attention.cache import KVCache, StaticKVCache, causal_keys
+from mhe_lightning.attention.folding import GroupedQuery
 
 
 class Attention(nn.Module):
@@ -51,6 +54,14 @@ class Attention(nn.Module):
         """Output (B, T, D) from the heads' outputs (B, n, T, d): ``[H_1 … H_n] W_O``."""
         return self.w_o(heads.transpose(1, 2).flatten(2))
 
+    def folded(self) -> GroupedQuery:
+        """The grouped-query attention that computes the same, exactly, with as few heads of keys and values as can be.
+
+        Raises:
+            NotImplementedError: the variant has none, or does not define it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define folded(), if it is a grouped-query attention")
+
     def forward(
         self,
         x: Tensor,
@@ -69,18 +80,27 @@ class Attention(nn.Module):
             is_causal: query t sees keys 0 … t, counted from the start of the cache if there is one.
             cache: keys and values of earlier calls. In self-attention those of ``x`` are appended, and S is the
                 length after that; in cross-attention the context's are computed at the first call and kept.
+                With a `StaticKVCache` S is its ``max_length`` in every call, and without ``is_causal`` the mask alone
+                says which keys are seen: it has to hide those that are not written yet (`StaticKVCache.visible`).
 
         Returns:
             (B, T, D).
 
         Raises:
-            ValueError: a shape or dtype does not fit, or the cache is full.
+            ValueError: a shape or dtype does not fit, or the cache is full, or it is static and used with a context,
+                or with neither mask nor causality.
         """
         self._check_inputs(x, context)
-        past = cache.length if cache is not None and context is None else 0
         T = x.shape[1]
-        S = past + T if context is None else context.shape[1]
-        if past or mask is not None:  # else SDPA's own causality, which needs no mask in memory
+        if isinstance(cache, StaticKVCache):
+            _check_static(context, mask, is_causal)
+            past: int | Tensor = cache.position
+            S, hidden = cache.max_length, True
+        else:
+            past = cache.length if cache is not None and context is None else 0
+            S = past + T if context is None else context.shape[1]
+            hidden = bool(past) or mask is not None
+        if hidden:  # else SDPA's own causality, which needs no mask in memory
             shape = (x.shape[0], self.n_heads, T, S)
             mask, is_causal = visible_keys(mask, shape, is_causal, x.device, past), False
         stored = self._stored_key_value(x, context, cache)
@@ -181,76 +201,6 @@ class AttentionFactory(Protocol):
     def __call__(self, *, width: int, n_heads: int) -> Attention: ...
 
 
-class KVCache:
-    """The keys and values of one attention layer, for incremental decoding.
-
-    The buffers are allocated once, at the first call, for ``max_length`` tokens and with the heads that the variant
-    stores, so that decoding neither reallocates nor copies what is there. They are written in place: use it without
-    gradients (``torch.no_grad`` or ``inference_mode``). A cache that holds a context's keys and values, in
-    cross-attention, is for that context alone.
-
-    Args:
-        max_length: tokens that it can hold.
-    """
-
-    def __init__(self, max_length: int) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length ({max_length}) must be at least 1")
-        self.max_length = max_length
-        self.length = 0
-        self._buffers: tuple[Tensor, ...] = ()
-
-    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Store ``new`` tensors, each (B, g, T, d), after those held; return all that is held, (B, g, length, d)."""
-        T = new[0].shape[2]
-        end = self.length + T
-        if end > self.max_length:
-            raise ValueError(
-                f"the KV cache holds {self.length} of at most {self.max_length} tokens and cannot take {T} more; "
-                "make it with a larger max_length"
-            )
-        self.check_batch(new[0].shape[0])
-        if not self._buffers:
-            self._buffers = tuple(t.new_empty(*t.shape[:2], self.max_length, t.shape[3]) for t in new)
-        for buffer, t in zip(self._buffers, new, strict=True):
-            buffer[:, :, self.length : end] = t
-        self.length = end
-        return self.stored()
-
-    def check_batch(self, rows: int) -> None:
-        """Raise ``ValueError`` unless the cache is empty or holds a batch of ``rows``."""
-        if self._buffers and self._buffers[0].shape[0] != rows:
-            raise ValueError(
-                f"the KV cache holds a batch of {self._buffers[0].shape[0]} but the new one has {rows} rows; "
-                "use a new KVCache, or reorder this one"
-            )
-
-    def stored(self) -> tuple[Tensor, ...]:
-        """What is held, as views (B, g, length, d)."""
-        return tuple(buffer[:, :, : self.length] for buffer in self._buffers)
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep the batch rows ``rows`` (a LongTensor, repeats allowed), as a beam search does after each step.
-
-        Only what is held is copied, not the part of the buffers that later tokens will fill.
-        """
-        chosen = [t.index_select(0, rows) for t in self.stored()]
-        if self._buffers and self._buffers[0].shape[0] != len(rows):
-            self._buffers = tuple(buffer.new_empty(len(rows), *buffer.shape[1:]) for buffer in self._buffers)
-        for buffer, t in zip(self._buffers, chosen, strict=True):
-            buffer[:, :, : self.length] = t
-
-    @property
-    def elements_per_token(self) -> int:
-        """Numbers stored for one token of one sequence (2nd in MHA, 2d in MHE, MQA and SHA)."""
-        return sum(buffer.shape[1] * buffer.shape[3] for buffer in self._buffers)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated, for the whole batch and ``max_length`` tokens."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
-
-
 def check_divides(name: str, divisor: int, of: str, number: int) -> None:
     """Raise ``ValueError`` with a remedy unless ``divisor`` is a positive divisor of a positive ``number``."""
     if number < 1:
@@ -277,8 +227,26 @@ def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
         )
 
 
+def _check_static(context: Tensor | None, mask: Tensor | None, is_causal: bool) -> None:
+    """Raise ``ValueError`` where a `StaticKVCache` cannot be used."""
+    if context is not None:
+        raise ValueError(
+            "a StaticKVCache is for self-attention but a context was given; use a KVCache, whose shapes do not change "
+            "in cross-attention either"
+        )
+    if mask is None and not is_causal:
+        raise ValueError(
+            "a StaticKVCache attends to its whole buffer, and nothing says which keys are written; "
+            "pass is_causal=True, or a mask made with its visible()"
+        )
+
+
 def visible_keys(
-    mask: Tensor | None, shape: tuple[int, int, int, int], is_causal: bool, device: torch.device, past: int = 0
+    mask: Tensor | None,
+    shape: tuple[int, int, int, int],
+    is_causal: bool,
+    device: torch.device,
+    past: int | Tensor = 0,
 ) -> Tensor | None:
     """Which keys each query may attend to, boolean, (B or 1, n or 1, T or 1, S or 1); None where nothing is hidden.
 
@@ -287,7 +255,7 @@ def visible_keys(
         shape: (B, n, T, S).
         is_causal: query t sees keys up to past + t only.
         device: of the result, where there is no mask.
-        past: keys of earlier calls.
+        past: keys of earlier calls; as a tensor, () on ``device``, it is not read back from there.
 
     Raises:
         ValueError: the mask is not boolean or does not broadcast to ``shape``.
@@ -300,10 +268,13 @@ def visible_keys(
     return None if mask is None else mask[(None,) * (4 - mask.ndim)]
 
 
-def with_causality(mask: Tensor | None, T: int, S: int, past: int, device: torch.device) -> Tensor | None:
+def with_causality(mask: Tensor | None, T: int, S: int, past: int | Tensor, device: torch.device) -> Tensor | None:
     """``mask`` and "query t sees keys up to past + t", as one boolean mask; None where nothing is hidden."""
-    if T == 1 and past == S - 1:
+    if isinstance(past, Tensor):
+        causal = causal_keys(T, S, past)
+    elif T == 1 and past == S - 1:
         return mask  # the newest token sees all that is cached
-    # scaled_dot_product_attention(is_causal=True) aligns the first query with the first key, which is wrong here
-    causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=past)
+    else:
+        # scaled_dot_product_attention(is_causal=True) aligns the first query with the first key, which is wrong here
+        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(diagonal=past)
     return causal if mask is None else mask & causal

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mhe_lightning.attention.base import Attention
+from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
 
 
 class ELAttention(Attention):
@@ -30,3 +32,10 @@ class ELAttention(Attention):
 
     def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
         return (self._split_heads(context),)  # (B, n, S, d), both K and V
+
+    def folded(self) -> GroupedQuery:
+        """Keys and values that are slices of the context are projections by blocks of the identity."""
+        w_q, b_q = heads_of(self.w_q, self.head_dim)
+        slices = torch.eye(self.width, dtype=torch.float64, device=w_q.device).unflatten(0, (-1, self.head_dim))
+        none = torch.zeros_like(b_q)
+        return GroupedQuery(w_q, b_q, slices, none, slices, none, *output_of(self.w_o, self.head_dim))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhe_lightning.attention.base import Attention, check_divides
+from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
 
 
 class GQA(Attention):
@@ -37,6 +38,10 @@ class GQA(Attention):
 
     def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
         return self._split_heads(self.w_k(context)), self._split_heads(self.w_v(context))  # (B, g, S, d) each
+
+    def folded(self) -> GroupedQuery:
+        q, k, v = (heads_of(projection, self.head_dim) for projection in (self.w_q, self.w_k, self.w_v))
+        return GroupedQuery(*q, *k, *v, *output_of(self.w_o, self.head_dim))
 
 
 class MHA(GQA):
@@ -101,3 +106,8 @@ class SHA(Attention):
             return super().merge(heads)
         blocks = self.w_o.weight.unflatten(1, (self.n_heads, self.head_dim))  # (D, n, d)
         return F.linear(heads.squeeze(1), blocks.sum(1), self.w_o.bias)
+
+    def folded(self) -> GroupedQuery:
+        (w_q, b_q), k, v = (heads_of(projection, self.head_dim) for projection in (self.w_q, self.w_k, self.w_v))
+        n = self.n_heads
+        return GroupedQuery(w_q.repeat(n, 1, 1), b_q.repeat(n, 1), *k, *v, *output_of(self.w_o, self.head_dim))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mhe_lightning.attention.base import Attention
+from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
 
 
 class MHE(Attention):
@@ -79,6 +80,18 @@ class MHE(Attention):
     def merge(self, heads: Tensor) -> Tensor:
         e_v = self.e_v.unsqueeze(1).to(heads.dtype)  # (n, 1, d)
         return super().merge(heads + e_v if self.combine == "add" else torch.addcmul(heads, heads, e_v))
+
+    def folded(self) -> GroupedQuery:
+        """MHE is multi-query attention (see above): ``W_Q`` tiled with ``e^Q`` in its bias, or scaled; ``e^V`` in
+        ``b_O`` or ``W_O``."""
+        (w_q, b_q), k, v = (heads_of(projection, self.head_dim) for projection in (self.w_q, self.w_k, self.w_v))
+        w_o, b_o = output_of(self.w_o, self.head_dim)
+        e_q, e_k, e_v = (e.detach().double() for e in (self.e_q, self.e_k, self.e_v))
+        if self.combine == "add":
+            w_q = w_q.expand(self.n_heads, -1, -1)
+            return GroupedQuery(w_q, b_q + e_q, *k, *v, w_o, b_o + torch.einsum("ond,nd->o", w_o, e_v))
+        scale = (1 + e_q) * (1 + e_k)  # (n, d)
+        return GroupedQuery(w_q * scale[:, :, None], b_q * scale, *k, *v, w_o * (1 + e_v), b_o)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, combine={self.combine!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mhe_lightning.attention.base import Attention
+from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
 
 
 class SKV(Attention):
@@ -32,3 +33,7 @@ class SKV(Attention):
 
     def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
         return (self._split_heads(self.w_kv(context)),)  # (B, n, S, d), both K and V
+
+    def folded(self) -> GroupedQuery:
+        q, kv = heads_of(self.w_q, self.head_dim), heads_of(self.w_kv, self.head_dim)
+        return GroupedQuery(*q, *kv, *kv, *output_of(self.w_o, self.head_dim))

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from types import ModuleType
 
 from mhe_lightning.comparison.results import Estimate, Metric
-from mhe_lightning.errors import UserError
+from mhe_lightning.extras import require
 
 
 def require_scipy() -> None:
     """Finds out before a long computation whether intervals and tests can be computed.
 
     Raises:
-        UserError: scipy cannot be imported.
+        ValueError: scipy cannot be imported.
     """
     _scipy_stats()
 
@@ -33,7 +32,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
     Raises:
         ValueError: there are no values.
-        UserError: scipy is needed, for two values or more, and cannot be imported.
+        ValueError: scipy is needed, for two values or more, and cannot be imported.
 
     Source: Student 1908, *The Probable Error of a Mean*.
     """
@@ -84,7 +83,7 @@ def retained(scores: Mapping[int, float], reference: Mapping[int, float], metric
         would be of seeds that were chosen by their outcome.
 
     Raises:
-        UserError: as in `estimate`.
+        ValueError: as in `estimate`.
     """
     return _paired(scores, reference, lambda score, other: retention(score, other, metric))
 
@@ -138,7 +137,7 @@ def elasticities(
         None without a common seed, and where `elasticity` of any common seed is not defined.
 
     Raises:
-        UserError: as in `estimate`.
+        ValueError: as in `estimate`.
     """
     return _paired(
         scores,
@@ -159,7 +158,7 @@ def paired_test(scores: Mapping[int, float], reference: Mapping[int, float]) -> 
         statistic is 0 / 0 or infinite: 1.0 if they are zero, 0.0 if not.
 
     Raises:
-        UserError: scipy cannot be imported.
+        ValueError: scipy cannot be imported.
     """
     seeds = common_seeds(scores, reference)
     own, other = [scores[seed] for seed in seeds], [reference[seed] for seed in seeds]
@@ -208,10 +207,4 @@ def _paired(
 
 
 def _scipy_stats() -> ModuleType:
-    try:
-        return import_module("scipy.stats")
-    except ImportError as error:
-        raise UserError(
-            f"scipy must be installed to compare runs but cannot be imported ({error}); "
-            "run pip install 'mhe-lightning[compare]'"
-        ) from error
+    return require("scipy.stats", "compare", "compare runs")

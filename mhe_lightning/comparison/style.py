@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
-from mhe_lightning.errors import UserError
+from mhe_lightning.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,15 +37,9 @@ def require_matplotlib() -> None:
     """Finds out before a long computation whether figures can be drawn.
 
     Raises:
-        UserError: matplotlib cannot be imported.
+        ValueError: matplotlib cannot be imported.
     """
-    try:
-        import_module("matplotlib.figure")
-    except ImportError as error:
-        raise UserError(
-            f"matplotlib must be installed to draw figures but cannot be imported ({error}); "
-            "run pip install 'mhe-lightning[compare]'"
-        ) from error
+    require("matplotlib.figure", "compare", "draw figures")
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -57,7 +50,7 @@ def new_figure(width: float, height: float) -> Figure:
         height: in inches.
 
     Raises:
-        UserError: matplotlib cannot be imported.
+        ValueError: matplotlib cannot be imported.
     """
     require_matplotlib()
     from matplotlib.figure import Figure

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
+
+from mhe_lightning.extras import require
 
 HYPHEN = re.compile(r"(\S)-(\S)")
 
@@ -152,13 +153,7 @@ def _check_language(language: str) -> None:
 
 
 def _library(name: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ValueError(
-            f"{name} must be installed to score translations but cannot be imported ({error}); "
-            "run pip install 'mhe-lightning[translation]'"
-        ) from error
+    return require(name, "translation", "score translations")
 
 
 def _check_sentences(hypotheses: Sequence[str], references: Sequence[str]) -> None:

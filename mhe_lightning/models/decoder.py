@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mhe_lightning.attention import AttentionFactory, KVCache
+from mhe_lightning.attention.cache import StaticKVCache
 from mhe_lightning.models.layers import (
     Activation,
     Block,
@@ -127,27 +128,35 @@ class Decoder(nn.Module):
                 start. Not together with caches or padding.
             padding: (B, S) boolean, True = a real token, for batches padded on either side; positions count real
                 tokens. With caches, S covers what is cached and ``tokens``.
-            caches: one `KVCache` per layer, for incremental decoding.
+            caches: one `KVCache` per layer, for incremental decoding. With `StaticKVCache`s S is their ``max_length``,
+                tokens to come may be real or not, and the caller adds T to their position after the call.
 
         Raises:
             ValueError: more tokens than positions.
         """
-        past = caches[0].length if caches else 0
         T = tokens.shape[1]
-        check_length(past + T, self.max_length)
-        positions = torch.arange(past, past + T, device=tokens.device)
-        mask = None
+        static = caches[0] if caches and isinstance(caches[0], StaticKVCache) else None
+        if static is not None:
+            check_length(static.max_length, self.max_length)
+            positions = static.places(T)
+            mask: Tensor | None = static.visible(T)  # made once for all layers, causality included
+        else:
+            past = caches[0].length if caches else 0
+            check_length(past + T, self.max_length)
+            positions = torch.arange(past, past + T, device=tokens.device)
+            mask = None
         if documents is not None:
             if padding is not None or caches is not None:
                 raise ValueError("documents cannot be combined with padding or caches; pass one of them")
             positions = positions_in_documents(documents)
             mask = document_mask(documents)  # (B, 1, T, T)
         elif padding is not None:
-            positions = (padding.cumsum(1) - 1).clamp_min(0)[:, past : past + T]  # (B, T)
-            mask = padding[:, None, None, :]
+            positions = (padding.cumsum(1) - 1).clamp_min(0)[:, positions]  # (B, T)
+            real = padding[:, None, None, :]
+            mask = real if mask is None else real & mask
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, D)
         recompute = self.checkpoint_activations and self.training
-        x = run_blocks(self.blocks, x, mask, is_causal=True, caches=caches, recompute=recompute)
+        x = run_blocks(self.blocks, x, mask, is_causal=static is None, caches=caches, recompute=recompute)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -162,6 +171,13 @@ class Decoder(nn.Module):
         """Cross-entropy in nats of each position, (B, T), 0 where the target is -100; without gradient."""
         return token_cross_entropy(hidden, self.head.weight, targets, chunk_size=self.loss_chunk)
 
-    def new_caches(self, max_length: int | None = None) -> list[KVCache]:
-        """Empty caches, one per layer, for ``max_length`` tokens (all positions of the model if not given)."""
-        return [KVCache(max_length or self.max_length) for _ in self.blocks]
+    def new_caches(self, max_length: int | None = None, static: bool = False) -> list[KVCache]:
+        """Empty caches, one per layer, for ``max_length`` tokens (all positions of the model if not given).
+
+        With ``static`` they are `StaticKVCache`s with one position for all.
+        """
+        length = max_length or self.max_length
+        if not static:
+            return [KVCache(length) for _ in self.blocks]
+        position = torch.zeros((), dtype=torch.int64, device=self.token_embedding.weight.device)
+        return [StaticKVCache(length, position) for _ in self.blocks]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mhe_lightning.data.tokenizer import end_of_text_id
 from mhe_lightning.loading import add_model_arguments, lines_of_stdin, load_trained
 from mhe_lightning.models import Decoder
-from mhe_lightning.models.generation import generate_text
+from mhe_lightning.models.generation import generate_text, stream_text
 from mhe_lightning.parsing import Parser, as_user_error
 
 
@@ -19,14 +19,22 @@ def main(verb: str, args: list[str]) -> None:
         new = options.max_new_tokens
         if new is None:
             new = max(1, min(200, net.max_length - longest))
-        settings = {key: options[key] for key in ("temperature", "top_k", "top_p", "seed")}
+        settings = {key: options[key] for key in ("temperature", "top_k", "top_p", "seed", "static")}
+        settings |= {"max_new_tokens": new, "stop": options.stop or ()}
         if options.greedy:
             settings["temperature"] = 0.0
+        model = (net, tokenizer, end_of_text_id(tokenizer))
+        if len(prompts) == 1:
+            waiting = prompts[0]  # printed with the first piece, so not where the settings are refused
+            for (piece,) in stream_text(*model, prompts, **settings):
+                if waiting + piece:
+                    print(waiting + piece, end="", flush=True)
+                waiting = ""
+            print(flush=True)
+            return
         for start in range(0, len(prompts), options.batch_size):
             batch = prompts[start : start + options.batch_size]
-            texts = generate_text(
-                net, tokenizer, end_of_text_id(tokenizer), batch, max_new_tokens=new, first=start, **settings
-            )
+            texts = generate_text(*model, batch, first=start, **settings)
             for prompt, text in zip(batch, texts, strict=True):
                 print(prompt + text, flush=True)
     except ValueError as error:
@@ -36,7 +44,8 @@ def main(verb: str, args: list[str]) -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="train.py generate",
-        description="Continue texts with a trained decoder. Without --prompt, every line of standard input is one.",
+        description="Continue texts with a trained decoder. Without --prompt, every line of standard input is one. "
+        "The text of a single prompt is printed as it comes, those of several when they are whole.",
     )
     add_model_arguments(parser)
     parser.add_argument("--prompt", type=str, nargs="+", help="Texts to continue; quote each.")
@@ -46,4 +55,10 @@ def _parser() -> Parser:
     parser.add_argument("--top_p", type=float, default=None, help="Sample from the likeliest tokens of mass p only.")
     parser.add_argument("--greedy", action="store_true", help="Take the most likely token; as --temperature 0.")
     parser.add_argument("--seed", type=int, default=0, help="Of the sampling; each prompt has its own stream.")
+    parser.add_argument("--stop", type=str, nargs="+", help="End a text before the first of these in what is new.")
+    parser.add_argument(
+        "--static",
+        type=bool,
+        help="KV caches of fixed shapes, for CUDA graphs (default: on a GPU; false is slower there).",
+    )
     return parser

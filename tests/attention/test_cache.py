@@ -5,6 +5,7 @@ import torch
 
 from attention.oracle import assert_near, build
 from mhe_lightning.attention import MHA, KVCache
+from mhe_lightning.attention.cache import StaticKVCache
 
 T = 11
 
@@ -199,3 +200,100 @@ def test_cache_takes_the_dtype_of_the_keys():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         m(torch.randn(2, 3, 12), cache=cache)
     assert {t.dtype for t in cache.stored()} == {torch.bfloat16}
+
+
+# Fixed shapes
+
+
+def static_cache(max_length=T + 3):
+    return StaticKVCache(max_length, torch.zeros((), dtype=torch.int64))
+
+
+def decode_static(m, x, chunks, cache, mask=None):
+    """As `decode`, but each chunk has all columns of the mask, those of tokens that never come included."""
+    outputs, start = [], cache.length
+    for length in chunks:
+        part = None
+        if mask is not None:
+            rows = slice(start, start + length) if mask.shape[2] > 1 else slice(None)
+            unused = torch.ones(*mask.shape[:3], cache.max_length - T, dtype=torch.bool)
+            part = torch.cat([mask, unused], dim=3)[:, :, rows]
+        outputs.append(m(x[:, start : start + length], mask=part, is_causal=True, cache=cache))
+        cache.position.add_(length)
+        start += length
+    return torch.cat(outputs, dim=1)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS.keys())
+def test_static_decoding_equals_the_full_forward(module, x, chunks, mask):
+    mask = mask()
+    assert_near(
+        decode_static(module, x, chunks(), static_cache(), mask), module(x, mask=mask, is_causal=True), tolerance=1e-12
+    )
+
+
+def test_a_mask_of_what_is_visible_stands_for_causality(module, x):
+    cache = static_cache()
+    for start, length in ((0, 4), (4, 1), (5, 6)):
+        y = module(x[:, start : start + length], mask=cache.visible(length), cache=cache)
+        assert_near(y, module(x, is_causal=True)[:, start : start + length])
+        cache.position.add_(length)
+
+
+def test_what_a_static_cache_has_not_been_given_is_never_seen(module, x):
+    cache, other = static_cache(), static_cache()
+    for c in (cache, other):
+        decode_static(module, x, [4], c)
+    for buffer in other._buffers:
+        buffer[:, :, 4:] = 1e9
+    assert torch.equal(decode_static(module, x, [1, 3, 3], cache), decode_static(module, x, [1, 3, 3], other))
+
+
+def test_a_static_cache_gives_its_whole_buffers_from_the_first_call(module, x):
+    cache = static_cache(20)
+    for length in (4, 1):
+        key_values = module.key_value(x[:, :length])
+        assert [t.shape[2] for t in cache.append(*key_values)] == [20] * len(key_values)
+        cache.position.add_(length)
+    assert cache.length == 5
+    assert [t.shape[2] for t in cache.stored()] == [5] * len(key_values)
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [0, 0, 2, 2, 1], [1]], ids=str)
+def test_reorder_of_a_static_cache_goes_on_with_the_chosen_rows(module, x, rows):
+    rows, cache = torch.tensor(rows), static_cache()
+    decode_static(module, x, [5, 1], cache)
+    cache.reorder(rows)
+    chosen = torch.cat([x[rows, :6], torch.randn(len(rows), T - 6, 12, dtype=torch.float64)], dim=1)
+    assert_near(decode_static(module, chosen, [1] * (T - 6), cache), module(chosen, is_causal=True)[:, 6:])
+
+
+def test_a_static_cache_set_back_to_a_length_goes_on_from_there(module, x):
+    cache = static_cache()
+    decode_static(module, x, [9], cache)
+    cache.length = 4
+    assert_near(decode_static(module, x, [1] * (T - 4), cache), module(x, is_causal=True)[:, 4:])
+
+
+def test_a_static_cache_with_a_context_is_refused(module, x):
+    with pytest.raises(ValueError, match="for self-attention but a context was given; use a KVCache"):
+        module(x, x, cache=static_cache())
+
+
+def test_a_static_cache_of_which_nothing_is_hidden_is_refused(module, x):
+    with pytest.raises(ValueError, match=r"nothing says which keys are written; pass is_causal=True, or a mask"):
+        module(x, cache=static_cache())
+
+
+def test_another_batch_size_than_a_static_cache_holds_is_refused(module, x):
+    cache = static_cache()
+    decode_static(module, x, [4], cache)
+    with pytest.raises(ValueError, match="batch of 3 but the new one has 2 rows"):
+        module(x[:2, 4:5], is_causal=True, cache=cache)
+
+
+@pytest.mark.parametrize("position", [torch.zeros(1, dtype=torch.int64), torch.zeros(())], ids=["shape", "dtype"])
+def test_a_position_that_is_not_one_whole_number_is_refused(position):
+    with pytest.raises(ValueError, match=r"position has shape .* it must be one number"):
+        StaticKVCache(4, position)

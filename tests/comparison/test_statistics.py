@@ -22,7 +22,6 @@ from mhe_lightning.comparison.statistics import (
     retained,
     retention,
 )
-from mhe_lightning.errors import UserError
 
 PPL = Metric("ppl", higher_is_better=False)
 ACCURACY = Metric("accuracy", higher_is_better=True, unit=100)
@@ -304,7 +303,7 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
 
     for call in (require_scipy, lambda: estimate([1.0, 2.0]), lambda: paired_test({1: 1.0, 2: 3.0}, {1: 0.0, 2: 0.0})):
-        with pytest.raises(UserError, match=r"mhe-lightning\[compare\]"):
+        with pytest.raises(ValueError, match=r"mhe-lightning\[compare\]"):
             call()
 
 

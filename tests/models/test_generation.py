@@ -6,9 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+from attention.oracle import VARIANTS
 from mhe_lightning.attention import MHE
+from mhe_lightning.data.tokenizer import BPE_END_OF_TEXT, train_tokenizer
 from mhe_lightning.models import Decoder, generate
+from mhe_lightning.models.generation import generate_text, stream, stream_text
 
 VOCABULARY, LENGTH = 23, 24
 PROMPTS = [[3, 1, 4, 1, 5], [9], [2, 6, 5], [3, 5, 8, 9, 7, 9, 3]]
@@ -74,6 +78,18 @@ def test_a_batch_gives_what_each_prompt_gives_alone(net, settings):
         *generate(net, PROMPTS[2:], max_new_tokens=12, seed=4, first=2, **settings),
     ]
     assert together == halves
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_padding_on_the_left_changes_no_token_of_any_attention(name):
+    torch.manual_seed(0)
+    net = Decoder(VOCABULARY, VARIANTS[name].build, width=16, n_heads=4, n_layers=2, max_length=LENGTH)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_(std=0.7)
+    net.double().eval()
+    together = generate(net, PROMPTS, max_new_tokens=12, temperature=0)
+    assert together == [literal_greedy(net, prompt, 12) for prompt in PROMPTS]
 
 
 def test_prompts_as_long_as_each_other_need_no_padding(net):
@@ -187,3 +203,80 @@ def test_all_positions_of_the_model_can_be_used(net):
 def test_what_cannot_be_continued_is_refused(net, prompts, settings, named):
     with pytest.raises(ValueError, match=named):
         generate(net, prompts, **{"max_new_tokens": 5, **settings})
+
+
+# Step by step
+
+
+def test_a_stream_gives_the_tokens_of_generate_step_by_step(net):
+    whole = generate(net, PROMPTS, max_new_tokens=12, seed=3)
+    steps = list(stream(net, PROMPTS, max_new_tokens=12, seed=3))
+    assert [list(tokens) for tokens in zip(*steps, strict=True)] == whole
+
+
+def test_a_token_is_given_before_the_next_is_computed(net):
+    calls = []
+    hook = net.register_forward_pre_hook(lambda *_: calls.append(1))
+    given = stream(net, PROMPTS, max_new_tokens=12)
+    for n in range(1, 4):
+        next(given)
+        assert len(calls) == n
+    hook.remove()
+
+
+def test_a_finished_prompt_gives_none_while_others_go_on(net):
+    whole = generate(net, PROMPTS, max_new_tokens=12, temperature=0)
+    stop = whole[0][4]
+    lengths = [tokens.index(stop) if stop in tokens else 12 for tokens in whole]
+    steps = list(stream(net, PROMPTS, max_new_tokens=12, temperature=0, stop_token=stop))
+    assert len(steps) == max(lengths)
+    assert [[tokens is not None for tokens in row] for row in zip(*steps, strict=True)] == [
+        [step < n for step in range(len(steps))] for n in lengths
+    ]
+
+
+def test_between_two_steps_gradients_are_as_they_were(net):
+    for _ in stream(net, PROMPTS, max_new_tokens=2):
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+
+# Texts
+
+
+@pytest.fixture(scope="module", params=["bpe", "wordpiece", "unigram"])
+def writer(request) -> tuple[Decoder, Tokenizer, int]:
+    """A random decoder of words, its tokenizer, and the token that ends its texts."""
+    tokenizer = train_tokenizer(["the cat sat on the mat, naïve café 日本, isn't it?"] * 20, request.param, 330)
+    torch.manual_seed(1)
+    net = Decoder(tokenizer.get_vocab_size(), MHE, width=16, n_heads=4, n_layers=1, max_length=64)
+    end = {"bpe": BPE_END_OF_TEXT, "wordpiece": "[SEP]", "unigram": "</s>"}[request.param]
+    return net.double().eval(), tokenizer, tokenizer.token_to_id(end)
+
+
+def test_streamed_texts_are_the_decoded_tokens_after_each_prompt(writer):
+    net, tokenizer, end = writer
+    prompts = ["the cat", "it", ""]
+    settings = {"max_new_tokens": 40, "temperature": 2.0, "seed": 1}
+    ids = [[end, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
+    expected = [
+        tokenizer.decode(before + new)[len(tokenizer.decode(before)) :]
+        for before, new in zip(ids, generate(net, ids, stop_token=end, **settings), strict=True)
+    ]
+    pieces = list(stream_text(*writer, prompts, **settings))
+    assert ["".join(parts) for parts in zip(*pieces, strict=True)] == expected
+    assert generate_text(*writer, prompts, **settings) == expected
+    assert any(len(text) > 20 for text in expected)
+
+
+def test_texts_end_before_a_stop_and_computing_with_the_last(writer):
+    settings = {"max_new_tokens": 40, "temperature": 2.0, "seed": 1}
+    calls = []
+    hook = writer[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    whole = generate_text(*writer, ["the cat", "it"], **settings)
+    without = len(calls)
+    stop = [text[5:7] for text in whole]
+    texts = generate_text(*writer, ["the cat", "it"], stop=stop, **settings)
+    hook.remove()
+    assert texts == [text[: min(text.find(s) for s in stop if s in text)] for text in whole]
+    assert len(calls) - without < without

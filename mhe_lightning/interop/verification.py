@@ -1,0 +1,207 @@
+"""Whether an exported model computes what ours does: loaded by its stock class, on real text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mhe_lightning.data.embedded import EmbeddedSource
+from mhe_lightning.data.sequences import SequenceFormat
+from mhe_lightning.data.tokenizer import end_of_text_id
+from mhe_lightning.extras import require
+from mhe_lightning.interop.native import Native
+from mhe_lightning.interop.stock import StockModel
+from mhe_lightning.models import Decoder, EncoderDecoder
+from mhe_lightning.models.heads import SequenceHead
+
+TEXTS = 16
+"""Texts that are compared."""
+
+Pair = tuple[str, str | None]
+
+
+class NotEqualError(ValueError):
+    """An exported model does not compute what ours does."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two models agree.
+
+    Args:
+        texts: how many both read.
+        tokens: of these, without padding.
+        float64: the largest difference of two scores, computed in float64: of rounding the folded weights alone.
+        float32: computed in float32, as the model is used.
+        largest: the largest score, to compare these with.
+    """
+
+    texts: int
+    tokens: int
+    float64: float
+    float32: float
+    largest: float
+
+
+def sample_texts() -> list[str]:
+    """Texts to compare models on that every machine has: English prose of the Python library."""
+    documents = (piece.text for piece in islice(EmbeddedSource().pieces("train"), 4 * TEXTS))
+    return [" ".join(document.split())[:300] for document in documents]
+
+
+def verify(native: Native, stock: StockModel, folder: Path, texts: Sequence[str], tolerance: float) -> Agreement:
+    """Load what was exported by its stock class and tokenizer, and compare it with our model.
+
+    Args:
+        native: our model.
+        stock: what was exported.
+        folder: where it was written.
+        texts: to compare on.
+        tolerance: the largest difference of scores, in float64, that is let pass.
+
+    Raises:
+        NotEqualError: the tokens differ, weights are missing or not used, or scores differ by more than ``tolerance``.
+    """
+    transformers = require("transformers", "hf", "check what was exported")
+    pairs = fitting_pairs(native, texts)
+    batch = native_batch(native, pairs)
+    inputs = stock_batch(native, folder, pairs, batch)
+    transformers.logging.disable_progress_bar()
+    model, info = getattr(transformers, stock.auto_class).from_pretrained(
+        folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
+    )
+    if type(model).__name__ != stock.architecture:
+        raise NotEqualError(f"transformers loads it as {type(model).__name__}, not as {stock.architecture}")
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[key]:
+            named = ", ".join(sorted(map(str, info[key]))[:5])
+            raise NotEqualError(f"transformers finds {key.replace('_', ' ')}: {named}")
+    model.eval()
+    net_dtype = next(native.net.parameters()).dtype
+    differences = {}
+    expected = torch.zeros(())
+    for dtype in (torch.float32, torch.float64):
+        for module in (native.net, native.head, model):
+            if module is not None:
+                module.to(dtype)
+        expected = native.scores(batch)
+        found = stock_scores(model, inputs)
+        if found.shape != expected.shape:
+            raise NotEqualError(f"its scores have shape {tuple(found.shape)}, ours {tuple(expected.shape)}")
+        differences[dtype] = _largest_difference(native, batch, expected, found)
+    for module in (native.net, native.head):
+        if module is not None:
+            module.to(net_dtype)
+    if not differences[torch.float64] <= tolerance:
+        raise NotEqualError(
+            f"its scores differ from ours by up to {differences[torch.float64]:.1e} in float64, more than the "
+            f"tolerance of {tolerance:g}"
+        )
+    return Agreement(
+        len(pairs),
+        int(batch["padding"].sum()),
+        differences[torch.float64],
+        differences[torch.float32],
+        float(expected.abs().max()),
+    )
+
+
+def fitting_pairs(native: Native, texts: Sequence[str]) -> list[Pair]:
+    """Texts that the model can read whole, some of them with a second one if it reads pairs.
+
+    Raises:
+        ValueError: there are none.
+    """
+    net = native.net
+    room = native.max_length - 3
+    pairs: list[Pair] = []
+    encode = SequenceFormat(native.tokenizer, 5).encode
+    for text in texts:
+        words = text.split()
+        share = room if isinstance(net, (Decoder, EncoderDecoder)) else room // 2
+        while words and len(encode([" ".join(words)])[0].ids) > min(share, 64):
+            words = words[: len(words) // 2]
+        if words:
+            pairs.append((" ".join(words), None))
+    if not pairs:
+        raise ValueError(f"no text has a beginning that fits the model's {native.max_length} positions; give --text")
+    pairs = pairs[:TEXTS]
+    if isinstance(net, EncoderDecoder):  # any text will do for a target
+        return [(text, pairs[-1 - i][0]) for i, (text, _) in enumerate(pairs)]
+    if not isinstance(net, Decoder) and net.segment_embedding.num_embeddings > 1:  # type: ignore[union-attr, operator]
+        return [(text, pairs[i - 1][0] if i % 2 else None) for i, (text, _) in enumerate(pairs)]
+    return pairs
+
+
+def native_batch(native: Native, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """The texts as our model reads them, padded on the right."""
+    net, end = native.net, end_of_text_id(native.tokenizer)
+    form = SequenceFormat(native.tokenizer, max(native.max_length, 5))
+    first = [encoding.ids for encoding in form.encode([text for text, _ in pairs])]
+    fill = end if native.padding is None else native.padding
+    if isinstance(net, Decoder):
+        return dict(zip(("tokens", "padding"), _padded([[end, *ids] for ids in first], fill), strict=True))
+    if isinstance(net, EncoderDecoder):
+        second = [encoding.ids for encoding in form.encode([text or "" for _, text in pairs])]
+        tokens, padding = _padded([[*ids, end] for ids in first], fill)
+        targets, _ = _padded([[end, *ids] for ids in second], fill)
+        return {"tokens": tokens, "padding": padding, "target_tokens": targets}
+    sequences = form.pairs(pairs)
+    tokens, padding = _padded([sequence.tokens for sequence in sequences], fill)
+    segments, _ = _padded([[int(i >= s.boundary) for i in range(len(s.tokens))] for s in sequences], 0)
+    return {"tokens": tokens, "padding": padding, "segments": segments}
+
+
+def stock_batch(native: Native, folder: Path, pairs: Sequence[Pair], batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same texts by the tokenizer that was exported.
+
+    Raises:
+        NotEqualError: its tokens are others.
+    """
+    transformers = require("transformers", "hf", "check what was exported")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    translates = isinstance(native.net, EncoderDecoder)
+    for i, (first, second) in enumerate(pairs):
+        found = tokenizer(first, None if translates else second)["input_ids"]
+        expected = batch["tokens"][i][batch["padding"][i]].tolist()
+        if found != expected:
+            raise NotEqualError(f"its tokenizer makes {found[:8]}… of {first[:40]!r}, ours {expected[:8]}…")
+    inputs = {"input_ids": batch["tokens"], "attention_mask": batch["padding"].long()}
+    if translates:
+        inputs["decoder_input_ids"] = batch["target_tokens"]
+    elif "segments" in batch:
+        inputs["token_type_ids"] = batch["segments"]
+    if native.problem == "choice":
+        inputs = {key: value[:, None] for key, value in inputs.items()}  # (B, 1 choice, T)
+    return inputs
+
+
+@torch.no_grad()
+def stock_scores(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a model of transformers predicts, as `Native.scores` lays it out."""
+    output = model(**inputs)
+    if "start_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], -1)
+    found: Tensor = output["logits"] if "logits" in output else output["last_hidden_state"]
+    return found
+
+
+def _largest_difference(native: Native, batch: Mapping[str, Tensor], expected: Tensor, found: Tensor) -> float:
+    """Over what real tokens give; what padding gives means nothing."""
+    difference = (expected - found).abs()
+    if not isinstance(native.head, SequenceHead) and not isinstance(native.net, EncoderDecoder):
+        difference = difference[batch["padding"]]
+    return float(difference.max())
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as (B, T), and (B, T) True where they are real."""
+    length = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
+    return tokens, torch.arange(length) < torch.tensor([[len(row)] for row in rows])
