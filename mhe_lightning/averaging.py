@@ -69,7 +69,8 @@ def last_checkpoints(folder: Path, count: int) -> list[Path]:
     newest = next(complete, None)
     if newest is None:
         return []
-    every = config_of(read_checkpoint(newest))["checkpoints"]["every_n_steps"]
+    # what was imported or converted has one checkpoint, and no experiment
+    every = config_of(read_checkpoint(newest)).get("checkpoints", {}).get("every_n_steps", 1)
     regular = (path for path in complete if step_of(path) % every == 0)
     return [newest, *islice(regular, count - 1)][::-1]
 

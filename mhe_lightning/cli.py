@@ -27,6 +27,7 @@ Train and use transformers with any attention.
   generate       continue texts with a trained decoder  generate runs/quickstart
   translate      translate standard input, line by line translate runs/small_multi30k < sentences.txt
   export         a model for transformers and engines   export runs/quickstart exported/quickstart
+  import         a transformers checkpoint as a run     import ./gpt2-folder runs/gpt2
   compare        what attentions keep and cost, by runs compare runs/sweeps/wikitext2 --out report
   heads          how differently a model's heads attend heads runs/a runs/b --text FILE
   verify-resume  prove from a checkpoint that no training row was skipped or repeated
@@ -46,6 +47,7 @@ VERBS = {
     "average": "average",
     "generate": "generate",
     "export": "export",
+    "import": "import_",
     "translate": "translate",
     "compare": "compare",
     "heads": "heads",

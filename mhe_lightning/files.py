@@ -67,6 +67,26 @@ def build_folder(target: Path, *, build: Callable[[Path], None], is_usable: Call
         shutil.rmtree(building, ignore_errors=True)
 
 
+def build_new_folder(target: Path, build: Callable[[Path], None]) -> None:
+    """`build_folder` where nothing that is there is used or replaced, also not what another process makes meanwhile.
+
+    Raises:
+        ValueError: there is something at ``target`` but an empty folder.
+    """
+
+    def is_usable(folder: Path) -> bool:
+        require_new(folder)
+        return False
+
+    build_folder(target, build=build, is_usable=is_usable)
+
+
+def require_new(target: Path) -> None:
+    """Raise a ValueError if there is something at ``target`` but an empty folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists; remove it, or choose another folder")
+
+
 def _publish(building: Path, target: Path, is_usable: Callable[[Path], bool]) -> None:
     """Rename the finished folder into its place, unless another process was faster."""
     try:

@@ -36,7 +36,9 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
     checkpoint = read_checkpoint(path)
     differences = [
         f"model.net.{key.replace('init_args.', '')} is {theirs} there and {ours} here"
-        for key, theirs, ours in run.differences(config_of(checkpoint)["model"]["init_args"]["net"], dict(net_spec))
+        for key, theirs, ours in run.differences(
+            _explicit(config_of(checkpoint)["model"]["init_args"]["net"]), _explicit(net_spec)
+        )
         if key.rpartition(".")[2] not in WITHOUT_WEIGHTS
     ]
     theirs = checkpoint[RECORD].get(TOKENIZER_HASH)
@@ -66,6 +68,14 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
         f"from {path}: {loaded:,} weights loaded; new: {', '.join(new) or 'nothing'}; "
         f"left: {', '.join(left) or 'nothing'}"
     )
+
+
+def _explicit(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A net's spec with the width of its feed-forward layers, which may be left to its default."""
+    arguments = dict(spec.get("init_args", {}))
+    if "width" in arguments and arguments.get("ff_width", 0) is None:
+        arguments["ff_width"] = 4 * arguments["width"]
+    return {**spec, "init_args": arguments}
 
 
 def _has_the_head_of(task: nn.Module, checkpoint: dict[str, Any]) -> bool:

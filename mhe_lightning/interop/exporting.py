@@ -11,7 +11,7 @@ import yaml
 from mhe_lightning.callbacks.run_record import CONFIG
 from mhe_lightning.data.tokenizer import end_of_text_id
 from mhe_lightning.extras import require
-from mhe_lightning.files import build_folder
+from mhe_lightning.files import build_new_folder, require_new
 from mhe_lightning.interop.hf_decoder import stock_decoder
 from mhe_lightning.interop.hf_encoder import stock_encoder
 from mhe_lightning.interop.hf_encoder_decoder import stock_encoder_decoder
@@ -72,7 +72,7 @@ def export_to_hf(native: Native, out: Path, texts: Sequence[str], tolerance: flo
     """
     require("transformers", "hf", "check what is exported")
     require("safetensors", "hf", "export a model")
-    refuse_existing(out)
+    require_new(out)
     stock = stock_model(native)
     found: list[Agreement] = []
 
@@ -82,7 +82,7 @@ def export_to_hf(native: Native, out: Path, texts: Sequence[str], tolerance: flo
         (folder / "README.md").write_text(model_card(native, stock, agreement, out.resolve().name), encoding="utf-8")
         found.append(agreement)
 
-    build_folder(out, build=build, is_usable=lambda folder: False)
+    build_new_folder(out, build)
     return Exported(stock, found[0])
 
 
@@ -101,13 +101,3 @@ def write_hf(native: Native, stock: StockModel, folder: Path) -> None:
     save_file(dict(stock.tensors), folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes a file that its owner alone can read
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode & 0o777)
-
-
-def refuse_existing(out: Path) -> None:
-    """Refuse a place where something is.
-
-    Raises:
-        ValueError: it is no empty folder.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists; remove it, or choose another folder")

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from mhe_lightning import run
 from mhe_lightning.callbacks.run_record import read_results
-from mhe_lightning.checkpoint import config_of, read_checkpoint
+from mhe_lightning.checkpoint import RECORD, config_of, read_checkpoint
 from mhe_lightning.data.classification import ClassificationData, Problem
 from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
 from mhe_lightning.experiment import class_of
 from mhe_lightning.loading import load_net
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
 from mhe_lightning.models.heads import MaskedTokenHead, SequenceHead, SpanHead
+from mhe_lightning.weights_only import ORIGIN
 
 PADDING_TOKENS = ("[PAD]", "<pad>")
 
@@ -116,7 +117,7 @@ def load_native(folder: Path, path: Path, tokenizer: str | None = None) -> Nativ
         results = read_results(folder)
     except (OSError, ValueError):
         results = {}
-    problem, labels = _labels(config) if isinstance(head, SequenceHead) else (None, ())
+    problem, labels = _labels(config, checkpoint[RECORD]) if isinstance(head, SequenceHead) else (None, ())
     return Native(path, net, head, found, config, results, checkpoint["global_step"], problem, labels)
 
 
@@ -142,11 +143,25 @@ def _head(weights: Mapping[str, Tensor], net: nn.Module, settings: Mapping[str, 
     return head.eval()
 
 
-def _labels(config: Mapping[str, Any]) -> tuple[Problem | None, tuple[str, ...]]:
-    """What a classifier tells apart, by the data that it was trained on."""
+def _labels(config: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[Problem | None, tuple[str, ...]]:
+    """What a classifier tells apart, by the data that it was trained on, or by what it was imported from."""
+    origin = record.get(ORIGIN, {})
+    if origin.get("format") == "transformers":
+        return _imported_labels(origin)
     data = config.get("data") or {}
     kind = class_of(data["class_path"]) if "class_path" in data else None
     if kind is None or not issubclass(kind, ClassificationData):
         return None, ()
     spec = kind.tasks[data["init_args"]["task"]]
     return spec.problem, tuple(spec.labels)
+
+
+def _imported_labels(origin: Mapping[str, Any]) -> tuple[Problem | None, tuple[str, ...]]:
+    """The same from a class of transformers and its config."""
+    given = origin.get("config", {})
+    if str(origin.get("architecture", "")).endswith("ForMultipleChoice"):
+        return "choice", ()
+    if given.get("problem_type") == "regression":
+        return "value", ()
+    named = given.get("id2label") or {}
+    return "classes", tuple(str(named[key]) for key in sorted(named, key=int))

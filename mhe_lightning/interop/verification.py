@@ -49,9 +49,9 @@ class Agreement:
     largest: float
 
 
-def sample_texts() -> list[str]:
-    """Texts to compare models on that every machine has: English prose of the Python library."""
-    documents = (piece.text for piece in islice(EmbeddedSource().pieces("train"), 4 * TEXTS))
+def sample_texts(count: int = 4 * TEXTS) -> list[str]:
+    """Texts to compare models on that every machine has: English prose of the Python library, 300 characters each."""
+    documents = (piece.text for piece in islice(EmbeddedSource().pieces("train"), count))
     return [" ".join(document.split())[:300] for document in documents]
 
 

@@ -133,7 +133,7 @@ class TrainCLI(ExperimentCLI):
             old.pop(key, None)
             new.pop(key, None)
         for config in (old, new):  # the tokenizers themselves are compared, not where they lie
-            config["data"].get("init_args", {}).pop("tokenizer", None)
+            config.get("data", {}).get("init_args", {}).pop("tokenizer", None)
         for key, before, after in run.differences(old, new):
             print(f"{key}: {before} in the checkpoint, {after} now", flush=True)
 
