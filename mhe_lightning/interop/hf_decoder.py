@@ -77,7 +77,7 @@ def stock_decoder(net: Decoder, *, end_of_text: int) -> StockModel:
             layout.tensors,
             generation,
         )
-    notes = ()
+    notes: tuple[str, ...] = ()
     if kv_heads < n_heads:
         notes = (
             f"GPT-2 has keys and values for each of its {n_heads} heads; here groups of {n_heads // kv_heads} heads "

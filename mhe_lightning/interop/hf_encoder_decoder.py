@@ -93,7 +93,7 @@ def stock_encoder_decoder(net: EncoderDecoder, *, end_token: int, padding: int) 
         "eos_token_id": end_token,
         "pad_token_id": padding,
     }
-    generation = {
+    generation: dict[str, Any] = {
         "decoder_start_token_id": end_token,
         "eos_token_id": end_token,
         "pad_token_id": padding,
