@@ -28,6 +28,7 @@ Train and use transformers with any attention.
   translate      translate standard input, line by line translate runs/small_multi30k < sentences.txt
   export         a model for transformers and engines   export runs/quickstart exported/quickstart
   import         a transformers checkpoint as a run     import ./gpt2-folder runs/gpt2
+  convert        MHA to a leaner attention, untrained   convert runs/bert runs/bert_mhe --to mhe_mul
   compare        what attentions keep and cost, by runs compare runs/sweeps/wikitext2 --out report
   heads          how differently a model's heads attend heads runs/a runs/b --text FILE
   verify-resume  prove from a checkpoint that no training row was skipped or repeated
@@ -48,6 +49,7 @@ VERBS = {
     "generate": "generate",
     "export": "export",
     "import": "import_",
+    "convert": "convert",
     "translate": "translate",
     "compare": "compare",
     "heads": "heads",

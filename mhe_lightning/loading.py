@@ -16,6 +16,7 @@ from mhe_lightning import run
 from mhe_lightning.checkpoint import config_of, read_checkpoint, run_of
 from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
 from mhe_lightning.errors import UserError
+from mhe_lightning.nets import load_net
 from mhe_lightning.parsing import Parser
 
 
@@ -77,18 +78,6 @@ def find_checkpoint(run_or_ckpt: str, ckpt_path: str) -> tuple[Path, Path]:
             raise UserError(f"{folder} holds no {ckpt_path} checkpoint; leave out --ckpt_path for its newest")
         path = Path(found)
     return folder, path
-
-
-def load_net(checkpoint: dict[str, Any]) -> nn.Module:
-    """The net of a checkpoint, built from its config, with its weights, in eval mode."""
-    weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    spec = config_of(checkpoint)["model"]["init_args"]["net"]
-    spec.setdefault("init_args", {})["vocab_size"] = weights["token_embedding.weight"].shape[0]
-    parser = Parser()
-    parser.add_subclass_arguments(nn.Module, "net")
-    net: nn.Module = parser.instantiate(parser.parse_object({"net": spec})).net
-    net.load_state_dict(weights)
-    return net.eval()
 
 
 def add_model_arguments(parser: Parser) -> None:

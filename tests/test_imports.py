@@ -21,7 +21,9 @@ ALLOWED = {
     "checkpoint": {"files"},
     "run": {"checkpoint"},
     "data": {"data", "files"},
-    "tasks": {"tasks", "models", "metrics", "distributed"},
+    "parsing": {"errors"},
+    "nets": {"checkpoint", "parsing"},
+    "tasks": {"tasks", "models", "metrics", "distributed", "checkpoint", "nets"},
     "pretrained": {"checkpoint", "run"},
     "averaging": {"checkpoint", "run", "pretrained"},
     "callbacks": {

@@ -21,7 +21,8 @@ from mhe_lightning.comparison.statistics import elasticities, estimate, paired_t
 from mhe_lightning.data.tokenizer import load_tokenizer
 from mhe_lightning.errors import UserError
 from mhe_lightning.experiment import Experiments
-from mhe_lightning.loading import Trained, load_net
+from mhe_lightning.loading import Trained
+from mhe_lightning.nets import load_net
 from mhe_lightning.planning import Experiment
 from mhe_lightning.run import TOKENIZER
 

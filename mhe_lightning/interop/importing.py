@@ -26,7 +26,7 @@ from mhe_lightning.interop import import_bert, import_gpt2, import_marian
 from mhe_lightning.interop.import_plan import Plan, rearranged
 from mhe_lightning.interop.import_tokenizer import import_tokenizer
 from mhe_lightning.interop.reading import CONFIG, read_config, read_tensors
-from mhe_lightning.loading import load_net
+from mhe_lightning.nets import load_net
 from mhe_lightning.parsing import Parser
 from mhe_lightning.tasks import Task
 

@@ -17,9 +17,9 @@ from mhe_lightning.checkpoint import RECORD, config_of, read_checkpoint
 from mhe_lightning.data.classification import ClassificationData, Problem
 from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
 from mhe_lightning.experiment import class_of
-from mhe_lightning.loading import load_net
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
 from mhe_lightning.models.heads import MaskedTokenHead, SequenceHead, SpanHead
+from mhe_lightning.nets import load_net
 from mhe_lightning.weights_only import ORIGIN
 
 PADDING_TOKENS = ("[PAD]", "<pad>")

@@ -13,7 +13,7 @@ from torch import nn
 
 from mhe_lightning.checkpoint import read_checkpoint
 from mhe_lightning.interop.importing import Imported, import_checkpoint
-from mhe_lightning.loading import load_net
+from mhe_lightning.nets import load_net
 from mhe_lightning.weights_only import write_weights
 
 GPT2 = dict(

@@ -16,7 +16,7 @@ from interop.stock_models import GPT2, edit_tensors, saved, stock, written
 from mhe_lightning.checkpoint import RECORD, config_of, newest_checkpoint, read_checkpoint
 from mhe_lightning.data.tokenizer import load_tokenizer, tokenizer_hash, train_tokenizer
 from mhe_lightning.interop.importing import import_checkpoint
-from mhe_lightning.loading import load_net
+from mhe_lightning.nets import load_net
 from mhe_lightning.weights_only import ORIGIN
 
 

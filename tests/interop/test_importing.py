@@ -19,8 +19,8 @@ from mhe_lightning.data.tokenizer import load_tokenizer
 from mhe_lightning.interop.exporting import stock_model
 from mhe_lightning.interop.importing import PLANNERS, import_checkpoint
 from mhe_lightning.interop.native import load_native
-from mhe_lightning.loading import load_net
 from mhe_lightning.models.layers import sinusoids
+from mhe_lightning.nets import load_net
 from mhe_lightning.tasks import ExtractiveQuestionAnswering, MaskedLanguageModeling, SequenceClassification
 
 EXACT = dict(atol=1e-10, rtol=0)
