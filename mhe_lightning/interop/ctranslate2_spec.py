@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from mhe_lightning.data.tokenizer import end_of_text_id
 from mhe_lightning.extras import require
-from mhe_lightning.interop.engine import max_length, stacked, vocabulary
+from mhe_lightning.interop.engine import max_length, vocabulary
 from mhe_lightning.interop.hf_tokenizer import stock_tokenizer
 from mhe_lightning.interop.native import Native
-from mhe_lightning.interop.stock import folded
+from mhe_lightning.interop.stock import folded, stacked
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
 from mhe_lightning.models.heads import SequenceHead
 from mhe_lightning.models.layers import Block, CrossBlock

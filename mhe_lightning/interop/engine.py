@@ -12,11 +12,11 @@ import yaml
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mhe_lightning.attention.folding import GroupedQuery
 from mhe_lightning.callbacks.run_record import CONFIG
 from mhe_lightning.data.tokenizer import end_of_text_id
 from mhe_lightning.files import build_new_folder, require_new
 from mhe_lightning.interop.hf_tokenizer import stock_tokenizer
+from mhe_lightning.interop.model_card import in_words, record
 from mhe_lightning.interop.native import Native
 from mhe_lightning.interop.stock import NoStockClassError
 from mhe_lightning.interop.verification import NotEqualError
@@ -137,12 +137,6 @@ def rows(tokens: Tensor, real: Tensor) -> list[list[int]]:
     return [row[kept].tolist() for row, kept in zip(tokens, real, strict=True)]
 
 
-def stacked(attention: GroupedQuery, which: str) -> tuple[Tensor, Tensor]:
-    """Some of queries, keys and values ("qkv") as one projection, in this order: weight (out, D) and bias (out,)."""
-    weights = [getattr(attention, f"w_{one}").flatten(0, 1) for one in which]
-    return torch.cat(weights), torch.cat([getattr(attention, f"b_{one}").flatten() for one in which])
-
-
 @contextmanager
 def in_float64(native: Native) -> Iterator[None]:
     """The model computes in float64 meanwhile."""
@@ -237,8 +231,7 @@ def _card(native: Native, exported: EngineExport, usage: Sequence[str], name: st
     lines = [
         f"# {name}",
         "",
-        f"A {type(native.net).__name__} trained with mhe_lightning for {native.steps:,} steps, as {exported.content} "
-        f"for {exported.engine}. The experiment is in `{CONFIG}`.",
+        f"{in_words(native)}, trained with mhe_lightning, as {exported.content} for {exported.engine}.",
         *(f"\n{note}" for note in exported.notes),
         "",
         "## Use",
@@ -247,6 +240,7 @@ def _card(native: Native, exported: EngineExport, usage: Sequence[str], name: st
         *(line.replace("{name}", name) for line in usage),
         "```",
         "",
+        *record(native),
         "## Comparison",
         "",
     ]

@@ -21,11 +21,10 @@ from mhe_lightning.interop.engine import (
     export_folder,
     largest_difference,
     refuse_unknown,
-    stacked,
     vocabulary,
 )
 from mhe_lightning.interop.native import Native
-from mhe_lightning.interop.stock import NoStockClassError, folded
+from mhe_lightning.interop.stock import NoStockClassError, folded, stacked
 from mhe_lightning.interop.verification import NotEqualError, fitting_pairs, native_batch
 from mhe_lightning.models import Decoder
 from mhe_lightning.models.layers import Block

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mhe_lightning.attention.folding import GroupedQuery
-from mhe_lightning.interop.stock import ACTIVATION_NAMES, Layout, StockModel, folded
+from mhe_lightning.interop.stock import ACTIVATION_NAMES, Layout, StockModel, folded, stacked
 from mhe_lightning.models import Decoder
 from mhe_lightning.models.layers import Block
 
@@ -40,7 +38,7 @@ def stock_decoder(net: Decoder, *, end_of_text: int) -> StockModel:
         name = f"transformer.h.{i}"
         put = layout.linear if multi_query else _transposed(layout)
         layout.norm(f"{name}.ln_1", block.norm_1)
-        put(f"{name}.attn.c_attn", *_fused(attention if multi_query else attention.with_kv_heads(n_heads)))
+        put(f"{name}.attn.c_attn", *stacked(attention if multi_query else attention.with_kv_heads(n_heads), "qkv"))
         put(f"{name}.attn.c_proj", attention.w_o.flatten(1), attention.b_o)
         layout.norm(f"{name}.ln_2", block.norm_2)
         put(f"{name}.mlp.c_fc", block.feed_forward.w_1.weight, block.feed_forward.w_1.bias)
@@ -92,13 +90,6 @@ def stock_decoder(net: Decoder, *, end_of_text: int) -> StockModel:
         generation,
         notes,
     )
-
-
-def _fused(attention: GroupedQuery) -> tuple[Tensor, Tensor]:
-    """Queries, keys and values as one projection, in this order: weight (D + 2gd, D) and bias."""
-    weights = (attention.w_q, attention.w_k, attention.w_v)
-    biases = (attention.b_q, attention.b_k, attention.b_v)
-    return torch.cat([w.flatten(0, 1) for w in weights]), torch.cat([b.flatten() for b in biases])
 
 
 def _transposed(layout: Layout) -> Any:

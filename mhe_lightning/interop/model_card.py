@@ -17,7 +17,6 @@ from mhe_lightning.interop.verification import Agreement
 
 def model_card(native: Native, stock: StockModel, agreement: Agreement, name: str) -> str:
     """What a model is, what it was trained on, how well it does, and how it is used, as Markdown for the Hub."""
-    attention = _spec(native)["attention"]
     lines = [
         "---",
         "library_name: transformers",
@@ -29,8 +28,8 @@ def model_card(native: Native, stock: StockModel, agreement: Agreement, name: st
         "",
         f"# {name}",
         "",
-        f"A {type(native.net).__name__} with {_told(attention)}, trained with mhe_lightning and exported as "
-        f"`{stock.architecture}`, which computes the same.",
+        f"{in_words(native)}, trained with mhe_lightning and exported as `{stock.architecture}`, which computes the "
+        "same.",
         *(f"\n{note}" for note in stock.notes),
         "",
         "## Use",
@@ -39,6 +38,26 @@ def model_card(native: Native, stock: StockModel, agreement: Agreement, name: st
         *_usage(stock, name),
         "```",
         "",
+        *record(native),
+        "## Export",
+        "",
+        f"Compared with the trained model on {agreement.texts} texts of {agreement.tokens:,} tokens: the largest "
+        f"difference of two scores was {agreement.float64:.1e} in float64 and {agreement.float32:.1e} in float32, the "
+        f"largest score {agreement.largest:.3g}. Folding cannot be undone: to go on training, keep the native "
+        "checkpoint.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def in_words(native: Native) -> str:
+    """What a model is, such as "A Decoder with MHE attention (combine add)"."""
+    return f"A {type(native.net).__name__} with {_told(_spec(native)['attention'])}"
+
+
+def record(native: Native) -> list[str]:
+    """What a model consists of, was trained on and scores: sections of Markdown, with an empty line behind them."""
+    return [
         "## Parameters",
         "",
         "| part | parameters |",
@@ -55,15 +74,7 @@ def model_card(native: Native, stock: StockModel, agreement: Agreement, name: st
         "",
         *_scores(native.results),
         "",
-        "## Export",
-        "",
-        f"Compared with the trained model on {agreement.texts} texts of {agreement.tokens:,} tokens: the largest "
-        f"difference of two scores was {agreement.float64:.1e} in float64 and {agreement.float32:.1e} in float32, the "
-        f"largest score {agreement.largest:.3g}. Folding cannot be undone: to go on training, keep the native "
-        "checkpoint.",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _spec(native: Native) -> Mapping[str, Any]:

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 from mhe_lightning.attention.folding import GroupedQuery
-from mhe_lightning.interop.engine import stacked
 from mhe_lightning.interop.onnx_builder import Graph
-from mhe_lightning.interop.stock import NoStockClassError, folded
+from mhe_lightning.interop.stock import NoStockClassError, folded, stacked
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
 from mhe_lightning.models.heads import MaskedTokenHead, SequenceHead, SpanHead
 from mhe_lightning.models.layers import Block, CrossBlock

@@ -81,3 +81,9 @@ def folded(attention: Attention) -> GroupedQuery:
         return attention.folded()
     except NotImplementedError as error:
         raise NoStockClassError(f"no stock class computes {type(attention).__name__}: {error}") from error
+
+
+def stacked(attention: GroupedQuery, which: str) -> tuple[Tensor, Tensor]:
+    """Some of queries, keys and values ("qkv") as one projection, in this order: weight (out, D) and bias (out,)."""
+    weights = [getattr(attention, f"w_{one}").flatten(0, 1) for one in which]
+    return torch.cat(weights), torch.cat([getattr(attention, f"b_{one}").flatten() for one in which])
