@@ -53,6 +53,7 @@ def build_folder(target: Path, *, build: Callable[[Path], None], is_usable: Call
         build: writes its content into the folder that it is given.
         is_usable: whether a folder that is there can be used; one that cannot is built anew.
     """
+    target = target.resolve()  # "." is beside its siblings, not within itself
     if target.exists() and is_usable(target):
         return
     parent = target.parent

@@ -46,18 +46,28 @@ def load_trained(options: Namespace, kind: type[nn.Module] | tuple[type[nn.Modul
     net = load_net(checkpoint)
     if not isinstance(net, kind):
         raise UserError(f"{path} holds a {type(net).__name__}; only {does}")
-    tokenizer = load_tokenizer(options.tokenizer or folder / run.TOKENIZER)
-    if vocabulary_size(tokenizer) > net.vocab_size:  # type: ignore[operator]
-        raise UserError(
-            f"the tokenizer has {vocabulary_size(tokenizer)} tokens but the model {net.vocab_size}; "
-            "use the one that it was trained with"
-        )
+    tokenizer = load_tokenizer_of(net, options.tokenizer or folder / run.TOKENIZER)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         net.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's, for a device that is unknown or not there
         raise UserError(f"device ({device}) cannot be used: {str(error).splitlines()[0]}") from error
     return Trained(net, tokenizer, config_of(checkpoint)["model"]["init_args"])
+
+
+def load_tokenizer_of(net: nn.Module, path: str | Path) -> Tokenizer:
+    """The tokenizer in a file, for a net.
+
+    Raises:
+        ValueError: it is none, or has more tokens than the net.
+    """
+    tokenizer = load_tokenizer(path)
+    if vocabulary_size(tokenizer) > net.vocab_size:  # type: ignore[operator]
+        raise ValueError(
+            f"the tokenizer has {vocabulary_size(tokenizer)} tokens but the model {net.vocab_size}; "
+            "use the one that it was trained with"
+        )
+    return tokenizer
 
 
 def find_checkpoint(run_or_ckpt: str, ckpt_path: str) -> tuple[Path, Path]:

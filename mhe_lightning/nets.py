@@ -12,9 +12,15 @@ from mhe_lightning.parsing import Parser
 
 
 def load_net(checkpoint: dict[str, Any]) -> nn.Module:
-    """The net of a checkpoint, built from its config, with its weights, in eval mode."""
+    """The net of a checkpoint, built from its config, with its weights, in eval mode.
+
+    Raises:
+        ValueError: it has no table of token embeddings, whose length is that of the vocabulary.
+    """
     weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
     spec = config_of(checkpoint)["model"]["init_args"]["net"]
+    if "token_embedding.weight" not in weights:
+        raise ValueError(f"the checkpoint's net, {spec.get('class_path')}, has no token_embedding; it is none of ours")
     net = build_net(spec, weights["token_embedding.weight"].shape[0])
     net.load_state_dict(weights)
     return net

@@ -71,10 +71,15 @@ def load_pretrained(task: nn.Module, path: Path, *, net_spec: Mapping[str, Any],
 
 
 def _explicit(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A net's spec with the width of its feed-forward layers, which may be left to its default."""
+    """A net's spec with the arguments that follow from others where they are not given."""
     arguments = dict(spec.get("init_args", {}))
     if "width" in arguments and arguments.get("ff_width", 0) is None:
         arguments["ff_width"] = 4 * arguments["width"]
+    if "n_layers" in arguments and arguments.get("n_decoder_layers", 0) is None:
+        arguments["n_decoder_layers"] = arguments["n_layers"]
+    for place in ("encoder_attention", "decoder_attention", "cross_attention"):
+        if place in arguments and arguments[place] is None:
+            arguments[place] = arguments.get("attention")
     return {**spec, "init_args": arguments}
 
 

@@ -60,7 +60,8 @@ def test_a_refused_setting_prints_no_beginning_of_a_text(run, command):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 import mhe_lightning.verbs.generate as verb
 from mhe_lightning.cli import main
 fast = verb.stream_text

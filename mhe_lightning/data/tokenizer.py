@@ -128,7 +128,7 @@ def start_of_sequence_id(tokenizer: Tokenizer) -> int | None:
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """The number of embedding rows the tokenizer needs: its largest id plus one, as ids may have gaps."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def tokenizer_hash(tokenizer: Tokenizer) -> str:

@@ -23,7 +23,6 @@ from mhe_lightning.interop.engine import (
     export_folder,
     in_float64,
     largest_difference,
-    max_length,
     refuse_unknown,
     rows,
     vocabulary,
@@ -62,7 +61,8 @@ def export_to_ctranslate2(native: Native, out: Path, texts: Sequence[str], toler
         threads = {"intra_threads": torch.get_num_threads(), "inter_threads": 1, "compute_type": "float32"}
         compare = {Decoder: _compare_decoder, EncoderDecoder: _compare_encoder_decoder, Encoder: _compare_encoder}
         content, compared, notes = _told(native)
-        agreement = compare[type(native.net)](engine, native, folder, texts, tolerance, threads)
+        kind = next(kind for kind in compare if isinstance(native.net, kind))
+        agreement = compare[kind](engine, native, folder, texts, tolerance, threads)
         return EngineExport("CTranslate2", content, compared, agreement, notes)
 
     return export_folder(native, out, _usage(native), write)
@@ -83,7 +83,7 @@ def _compare_decoder(
     names = vocabulary(native)
     # in a batch with a prompt of one token the engine gives the others back as if they were new
     starts = [prompt[: max(2, len(prompt) // 2)] for prompt in prompts]
-    length = min(NEW_TOKENS, max_length(native) - max(map(len, starts)))
+    length = min(NEW_TOKENS, native.max_length - max(map(len, starts)))
     results = generator.generate_batch(
         [[names[i] for i in start] for start in starts],
         max_length=length,
@@ -113,7 +113,7 @@ def _compare_encoder_decoder(
     following_tokens = nn.utils.rnn.pad_sequence(following, batch_first=True)
     expected = log_probabilities[:, : following_tokens.shape[1]].gather(2, following_tokens[..., None]).squeeze(2)
     difference = largest_difference(found, expected, real, tolerance)
-    length = min(NEW_TOKENS, max_length(native))
+    length = min(NEW_TOKENS, native.max_length)
     results = translator.translate_batch(sources, beam_size=1, max_decoding_length=length, min_decoding_length=0)
     position = {name: i for i, name in enumerate(names)}
     new = [ended([position[token] for token in result.hypotheses[0]], native, length) for result in results]
@@ -198,7 +198,7 @@ def _usage(native: Native) -> list[str]:
         return [
             *lines,
             'translator = ctranslate2.Translator("{name}")',
-            f"result = translator.translate_batch([tokens], beam_size=4, max_decoding_length={max_length(native)})[0]",
+            f"result = translator.translate_batch([tokens], beam_size=4, max_decoding_length={native.max_length})[0]",
             "print(tokenizer.decode([tokenizer.token_to_id(token) for token in result.hypotheses[0]]))",
         ]
     return [

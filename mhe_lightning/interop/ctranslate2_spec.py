@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mhe_lightning.data.tokenizer import end_of_text_id
 from mhe_lightning.extras import require
-from mhe_lightning.interop.engine import max_length, vocabulary
+from mhe_lightning.interop.engine import vocabulary
 from mhe_lightning.interop.hf_tokenizer import stock_tokenizer
 from mhe_lightning.interop.native import Native
 from mhe_lightning.interop.stock import folded, stacked
@@ -24,7 +24,7 @@ from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
 from mhe_lightning.models.heads import SequenceHead
 from mhe_lightning.models.layers import Block, CrossBlock
 
-ACTIVATION_NAMES = {"gelu": "GELU", "gelu_tanh": "GELUTanh", "relu": "RELU"}
+ACTIVATIONS = {"gelu": "GELU", "gelu_tanh": "GELUTanh", "relu": "RELU"}
 """Our name of an activation → that of CTranslate2."""
 
 
@@ -49,7 +49,7 @@ def specification(native: Native) -> Any:
         spec = _encoder(net, native.head)
     end = native.tokenizer.id_to_token(end_of_text_id(native.tokenizer))
     # without an unknown token that is in the vocabulary the engine does not load the model
-    _, names = stock_tokenizer(native.tokenizer, net, max_length(native))
+    _, names = stock_tokenizer(native.tokenizer, net, native.max_length)
     spec.config.unk_token = names["unk_token"]
     spec.config.bos_token = names.get("cls_token", end)
     spec.config.eos_token = end
@@ -77,7 +77,7 @@ def blocks_of(net: nn.Module) -> list[Block]:
 
 
 def _activation(block: Block) -> Any:
-    return _common().Activation[ACTIVATION_NAMES[block.feed_forward.activation]]
+    return _common().Activation[ACTIVATIONS[block.feed_forward.activation]]
 
 
 def kv_heads(blocks: Sequence[Block]) -> int | None:

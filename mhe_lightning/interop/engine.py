@@ -83,7 +83,7 @@ def export_folder(
 
     def build(folder: Path) -> None:
         exported = write(folder)
-        tokenizer, _ = stock_tokenizer(native.tokenizer, native.net, max_length(native))
+        tokenizer, _ = stock_tokenizer(native.tokenizer, native.net, native.max_length)
         (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         (folder / CONFIG).write_text(yaml.safe_dump(dict(native.config), sort_keys=False), encoding="utf-8")
         card = _card(native, exported, usage, out.resolve().name)
@@ -107,12 +107,6 @@ def refuse_unknown(native: Native) -> None:
             "a decoder with a classifier of its own cannot be exported; export the decoder that it was finetuned from, "
             "or finetune an Encoder"
         )
-
-
-def max_length(native: Native) -> int:
-    """Most tokens that the model reads."""
-    length: int = native.net.max_length  # type: ignore[assignment]
-    return length
 
 
 def vocabulary(native: Native) -> list[str]:

@@ -69,4 +69,9 @@ def _names(tokenizer: Tokenizer, net: object, end_token: str) -> dict[str, str]:
     for role, token in (("cls_token", "[CLS]"), ("sep_token", "[SEP]"), ("mask_token", "[MASK]")):
         if token in has:
             names[role] = token
+    if not isinstance(net, (Decoder, EncoderDecoder)):
+        start = start_of_sequence_id(tokenizer)
+        if start is not None:
+            names["cls_token"] = str(tokenizer.id_to_token(start))
+        names["sep_token"] = end_token
     return names

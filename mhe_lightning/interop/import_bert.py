@@ -114,6 +114,8 @@ def _span(options: Options) -> Head:
 
 def _n_labels(options: Options) -> int:
     labels = options.get("id2label")
+    if isinstance(labels, Mapping) and not all(str(key).isdigit() for key in labels):
+        raise ValueError(f"config.json: id2label must name labels by their numbers, not {', '.join(map(str, labels))}")
     return len(labels) if isinstance(labels, Mapping) else options.size("num_labels")
 
 

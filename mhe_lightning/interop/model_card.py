@@ -10,7 +10,7 @@ from typing import Any
 from mhe_lightning import __version__
 from mhe_lightning.accounting import attention_weights, parameters_by_part
 from mhe_lightning.callbacks.run_record import CONFIG
-from mhe_lightning.interop.native import Native
+from mhe_lightning.interop.native import PLACES, Native
 from mhe_lightning.interop.stock import StockModel
 from mhe_lightning.interop.verification import Agreement
 
@@ -28,8 +28,7 @@ def model_card(native: Native, stock: StockModel, agreement: Agreement, name: st
         "",
         f"# {name}",
         "",
-        f"{in_words(native)}, trained with mhe_lightning and exported as `{stock.architecture}`, which computes the "
-        "same.",
+        f"{in_words(native)}, {came_from(native)} and exported as `{stock.architecture}`, which computes the same.",
         *(f"\n{note}" for note in stock.notes),
         "",
         "## Use",
@@ -52,7 +51,19 @@ def model_card(native: Native, stock: StockModel, agreement: Agreement, name: st
 
 def in_words(native: Native) -> str:
     """What a model is, such as "A Decoder with MHE attention (combine add)"."""
-    return f"A {type(native.net).__name__} with {_told(_spec(native)['attention'])}"
+    spec = _spec(native)
+    others = [f"; {place.replace('_', ' ')}: {_told(spec[place])}" for place in PLACES[1:] if spec.get(place)]
+    return f"A {type(native.net).__name__} with {_told(spec['attention'])}{''.join(others)}"
+
+
+def came_from(native: Native) -> str:
+    """Where a model is from, such as "trained with mhe_lightning"."""
+    origin = native.origin
+    if origin.get("format") == "transformers":
+        return f"imported from {origin.get('source', 'a checkpoint')} ({origin.get('architecture')})"
+    if origin:
+        return f"converted from {origin.get('source', 'a model with multi-head attention')}, not trained since"
+    return "trained with mhe_lightning"
 
 
 def record(native: Native) -> list[str]:
@@ -84,8 +95,6 @@ def _spec(native: Native) -> Mapping[str, Any]:
 
 def _told(attention: Any) -> str:
     """An attention's spec in words."""
-    if isinstance(attention, str):
-        return attention.rpartition(".")[2]
     arguments = ", ".join(f"{key} {value}" for key, value in attention.get("init_args", {}).items())
     name = attention["class_path"].rpartition(".")[2]
     return f"{name} attention ({arguments})" if arguments else f"{name} attention"
@@ -107,6 +116,8 @@ def _usage(stock: StockModel, name: str) -> list[str]:
 
 
 def _training(native: Native) -> list[str]:
+    if native.origin:
+        return [f"Not trained here: {came_from(native)}."]
     data = native.config.get("data") or {}
     results = native.results
     lines = [f"- Data: {_data(data)}.", f"- Optimizer steps: {native.steps:,}."]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from mhe_lightning import run
 from mhe_lightning.callbacks.run_record import read_results
 from mhe_lightning.checkpoint import RECORD, config_of, read_checkpoint
 from mhe_lightning.data.classification import ClassificationData, Problem
-from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
 from mhe_lightning.experiment import class_of
+from mhe_lightning.loading import load_tokenizer_of
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
 from mhe_lightning.models.heads import MaskedTokenHead, SequenceHead, SpanHead
 from mhe_lightning.nets import load_net
 from mhe_lightning.weights_only import ORIGIN
+
+PLACES = ("attention", "encoder_attention", "decoder_attention", "cross_attention")
+"""Arguments of a net that say what attends, where they are given."""
 
 PADDING_TOKENS = ("[PAD]", "<pad>")
 
@@ -39,6 +42,7 @@ class Native:
         steps: optimizer steps that it was trained for.
         problem: what a `SequenceHead` gives.
         labels: names of the classes that it tells apart.
+        origin: what its weights were made from, if not trained here; see `mhe_lightning.weights_only`.
     """
 
     path: Path
@@ -50,6 +54,7 @@ class Native:
     steps: int
     problem: Problem | None = None
     labels: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def max_length(self) -> int:
@@ -105,20 +110,16 @@ def load_native(folder: Path, path: Path, tokenizer: str | None = None) -> Nativ
     checkpoint = read_checkpoint(path)
     config = config_of(checkpoint)
     net = load_net(checkpoint)
-    found = load_tokenizer(tokenizer or folder / run.TOKENIZER)
-    if vocabulary_size(found) > net.vocab_size:  # type: ignore[operator]
-        raise ValueError(
-            f"the tokenizer has {vocabulary_size(found)} tokens but the model {net.vocab_size}; "
-            "use the one that it was trained with"
-        )
+    found = load_tokenizer_of(net, tokenizer or folder / run.TOKENIZER)
     weights = {k.removeprefix("head."): v for k, v in checkpoint["state_dict"].items() if k.startswith("head.")}
     head = _head(weights, net, config["model"]["init_args"])
     try:
         results = read_results(folder)
     except (OSError, ValueError):
         results = {}
-    problem, labels = _labels(config, checkpoint[RECORD]) if isinstance(head, SequenceHead) else (None, ())
-    return Native(path, net, head, found, config, results, checkpoint["global_step"], problem, labels)
+    origin = checkpoint[RECORD].get(ORIGIN) or {}
+    problem, labels = labels_of(config, origin) if isinstance(head, SequenceHead) else (None, ())
+    return Native(path, net, head, found, config, results, checkpoint["global_step"], problem, labels, origin)
 
 
 def _head(weights: Mapping[str, Tensor], net: nn.Module, settings: Mapping[str, Any]) -> nn.Module | None:
@@ -137,20 +138,26 @@ def _head(weights: Mapping[str, Tensor], net: nn.Module, settings: Mapping[str, 
             pooling=settings.get("pooling", "first"),
             dropout=settings.get("head_dropout", 0.1),
         )
-    else:
+    elif weights.keys() == {"classifier.weight", "classifier.bias"}:
         head = SpanHead(width=width)
+    else:
+        raise ValueError(f"the head of this model is none of ours: {', '.join(weights)}")
     head.load_state_dict(weights)
     return head.eval()
 
 
-def _labels(config: Mapping[str, Any], record: Mapping[str, Any]) -> tuple[Problem | None, tuple[str, ...]]:
+def labels_of(config: Mapping[str, Any], origin: Mapping[str, Any]) -> tuple[Problem | None, tuple[str, ...]]:
     """What a classifier tells apart, by the data that it was trained on, or by what it was imported from."""
-    origin = record.get(ORIGIN, {})
+    while origin.get("source_origin"):  # a conversion of what was imported
+        origin = origin["source_origin"]
     if origin.get("format") == "transformers":
         return _imported_labels(origin)
     data = config.get("data") or {}
-    kind = class_of(data["class_path"]) if "class_path" in data else None
-    if kind is None or not issubclass(kind, ClassificationData):
+    try:
+        kind = class_of(data["class_path"]) if "class_path" in data else object
+    except (ImportError, AttributeError):  # a user's own, from elsewhere
+        kind = object
+    if not issubclass(kind, ClassificationData):
         return None, ()
     spec = kind.tasks[data["init_args"]["task"]]
     return spec.problem, tuple(spec.labels)
@@ -161,7 +168,8 @@ def _imported_labels(origin: Mapping[str, Any]) -> tuple[Problem | None, tuple[s
     given = origin.get("config", {})
     if str(origin.get("architecture", "")).endswith("ForMultipleChoice"):
         return "choice", ()
-    if given.get("problem_type") == "regression":
-        return "value", ()
     named = given.get("id2label") or {}
+    kind, count = given.get("problem_type"), len(named) or given.get("num_labels", 2)
+    if kind == "regression" or (kind is None and count == 1):  # as transformers takes it
+        return "value", ()
     return "classes", tuple(str(named[key]) for key in sorted(named, key=int))

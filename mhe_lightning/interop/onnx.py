@@ -18,7 +18,6 @@ from mhe_lightning.interop.engine import (
     expected_scores,
     export_folder,
     largest_difference,
-    max_length,
     refuse_unknown,
     rows,
 )
@@ -145,7 +144,7 @@ def _compare_decoder(native: Native, folder: Path, texts: Sequence[str], toleran
     expected = expected_scores(native, batch)
     difference = largest_difference(found, expected, real, tolerance)
     starts = [row[: max(1, len(row) // 2)] for row in rows(tokens, real)]
-    length = min(NEW_TOKENS, max_length(native) - max(map(len, starts)))
+    length = min(NEW_TOKENS, native.max_length - max(map(len, starts)))
     longest = max(map(len, starts))
     prompts = torch.tensor([[0] * (longest - len(start)) + start for start in starts])
     mask = torch.tensor([[0] * (longest - len(start)) + [1] * len(start) for start in starts])
@@ -201,7 +200,7 @@ def _compare_encoder_decoder(native: Native, folder: Path, texts: Sequence[str],
     everywhere = torch.ones_like(targets, dtype=torch.bool)
     difference = largest_difference(found, expected, everywhere, tolerance)
     start = torch.full((len(tokens), 1), end_of_text_id(native.tokenizer))
-    length = min(NEW_TOKENS, max_length(native) - 1)
+    length = min(NEW_TOKENS, native.max_length - 1)
     new, logits = generate(decoder, {"input_ids": start, **fixed}, cache, length)
     generated = check_greedy(native, {"tokens": tokens, "padding": real}, start.tolist(), new.tolist(), tolerance)
     following = expected_scores(native, {**batch, "target_tokens": torch.cat([start, new[:, :-1]], 1)})

@@ -21,7 +21,10 @@ from mhe_lightning.models import Decoder, EncoderDecoder
 from mhe_lightning.models.heads import SequenceHead
 
 TEXTS = 16
-"""Texts that are compared."""
+"""Texts that are compared, the first that there are."""
+
+TOKENS = 64
+"""Tokens of each that are compared, the first; and as many as the model has positions of one."""
 
 Pair = tuple[str, str | None]
 
@@ -69,9 +72,10 @@ def verify(native: Native, stock: StockModel, folder: Path, texts: Sequence[str]
         NotEqualError: the tokens differ, weights are missing or not used, or scores differ by more than ``tolerance``.
     """
     transformers = require("transformers", "hf", "check what was exported")
-    pairs = fitting_pairs(native, texts)
-    batch = native_batch(native, pairs)
-    inputs = stock_batch(native, folder, pairs, batch)
+    compared = []
+    for pairs in (fitting_pairs(native, texts), longest_pair(native, texts)):
+        batch = native_batch(native, pairs)
+        compared.append((batch, stock_batch(native, folder, pairs, batch)))
     transformers.logging.disable_progress_bar()
     model, info = getattr(transformers, stock.auto_class).from_pretrained(
         folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
@@ -84,17 +88,20 @@ def verify(native: Native, stock: StockModel, folder: Path, texts: Sequence[str]
             raise NotEqualError(f"transformers finds {key.replace('_', ' ')}: {named}")
     model.eval()
     net_dtype = next(native.net.parameters()).dtype
-    differences = {}
-    expected = torch.zeros(())
-    for dtype in (torch.float32, torch.float64):
+    differences = {torch.float32: 0.0, torch.float64: 0.0}
+    largest = 0.0
+    for dtype in differences:
         for module in (native.net, native.head, model):
             if module is not None:
                 module.to(dtype)
-        expected = native.scores(batch)
-        found = stock_scores(model, inputs)
-        if found.shape != expected.shape:
-            raise NotEqualError(f"its scores have shape {tuple(found.shape)}, ours {tuple(expected.shape)}")
-        differences[dtype] = _largest_difference(native, batch, expected, found)
+        for batch, inputs in compared:
+            expected, found = native.scores(batch), stock_scores(model, inputs)
+            if found.shape != expected.shape:
+                raise NotEqualError(f"its scores have shape {tuple(found.shape)}, ours {tuple(expected.shape)}")
+            difference = _largest_difference(native, batch, expected, found)
+            # not max(), which can lose a nan
+            differences[dtype] = difference if not difference <= differences[dtype] else differences[dtype]
+            largest = max(largest, float(expected.abs().max()))
     for module in (native.net, native.head):
         if module is not None:
             module.to(net_dtype)
@@ -104,11 +111,11 @@ def verify(native: Native, stock: StockModel, folder: Path, texts: Sequence[str]
             f"tolerance of {tolerance:g}"
         )
     return Agreement(
-        len(pairs),
-        int(batch["padding"].sum()),
+        sum(len(batch["padding"]) for batch, _ in compared),
+        sum(int(batch["padding"].sum()) for batch, _ in compared),
         differences[torch.float64],
         differences[torch.float32],
-        float(expected.abs().max()),
+        largest,
     )
 
 
@@ -123,20 +130,48 @@ def fitting_pairs(native: Native, texts: Sequence[str]) -> list[Pair]:
     pairs: list[Pair] = []
     encode = SequenceFormat(native.tokenizer, 5).encode
     for text in texts:
+        if _spells_a_special_token(native, text):
+            continue
         words = text.split()
         share = room if isinstance(net, (Decoder, EncoderDecoder)) else room // 2
-        while words and len(encode([" ".join(words)])[0].ids) > min(share, 64):
+        while words and len(encode([" ".join(words)])[0].ids) > min(share, TOKENS):
             words = words[: len(words) // 2]
         if words:
             pairs.append((" ".join(words), None))
+        if len(pairs) == TEXTS:
+            break
     if not pairs:
         raise ValueError(f"no text has a beginning that fits the model's {native.max_length} positions; give --text")
-    pairs = pairs[:TEXTS]
     if isinstance(net, EncoderDecoder):  # any text will do for a target
         return [(text, pairs[-1 - i][0]) for i, (text, _) in enumerate(pairs)]
     if not isinstance(net, Decoder) and net.segment_embedding.num_embeddings > 1:  # type: ignore[union-attr, operator]
         return [(text, pairs[i - 1][0] if i % 2 else None) for i, (text, _) in enumerate(pairs)]
     return pairs
+
+
+def longest_pair(native: Native, texts: Sequence[str]) -> list[Pair]:
+    """One text of as many words of these as the model can read, so that all its positions are compared."""
+    room = native.max_length - 3
+    words: list[str] = []
+    for text in texts:
+        if len(words) <= room and not _spells_a_special_token(native, text):
+            words += text.split()[: room + 1]
+    encode = SequenceFormat(native.tokenizer, 5).encode
+    fits, too_many = 0, len(words) + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        if len(encode([" ".join(words[:middle])])[0].ids) <= room:
+            fits = middle
+        else:
+            too_many = middle
+    text = " ".join(words[:fits])
+    return [(text, text if isinstance(native.net, EncoderDecoder) else None)]
+
+
+def _spells_a_special_token(native: Native, text: str) -> bool:
+    """Our model reads these characters as text, transformers' tokenizer as the token."""
+    tokens = native.tokenizer.get_added_tokens_decoder().values()
+    return any(token.special and token.content in text for token in tokens)
 
 
 def native_batch(native: Native, pairs: Sequence[Pair]) -> dict[str, Tensor]:

@@ -47,12 +47,12 @@ RECORDED = (
 
 def main(verb: str, args: list[str]) -> None:
     options = _parser().parse_args(args)
-    require_scipy()
-    if options.out is not None:
-        require_matplotlib()
     if unknown := sorted(set(options.allow) - set(CATEGORIES)):
         raise UserError(f"--allow {unknown[0]} is none of {', '.join(CATEGORIES)}")
     try:
+        require_scipy()
+        if options.out is not None:
+            require_matplotlib()
         runs, left_out = find_runs([Path(path) for path in options.runs])
         if not runs:
             raise UserError(f"none of the runs is finished: {' '.join(left_out)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,19 @@ from mhe_lightning import run
 from mhe_lightning.accounting import attention_weights
 from mhe_lightning.checkpoint import RECORD, config_of, read_checkpoint
 from mhe_lightning.data.embedded import EmbeddedSource
-from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
 from mhe_lightning.errors import UserError
+from mhe_lightning.files import require_new
 from mhe_lightning.interop.calibration import texts_as_batches
 from mhe_lightning.interop.conversion import LayerReport, convert_net
+from mhe_lightning.interop.native import PLACES
 from mhe_lightning.interop.solving import RIDGE
-from mhe_lightning.loading import add_checkpoint_argument, find_checkpoint, lines_of_file
+from mhe_lightning.loading import add_checkpoint_argument, find_checkpoint, lines_of_file, load_tokenizer_of
 from mhe_lightning.nets import build_net, load_net, net_parser
 from mhe_lightning.parsing import Parser, as_user_error
 from mhe_lightning.variants import find_overlays
 from mhe_lightning.weights_only import ORIGIN, write_weights
 
 Spec = dict[str, Any]
-
-PLACES = ("attention", "encoder_attention", "decoder_attention", "cross_attention")
-"""Arguments of a net that say what attends, where they are given."""
 
 HEADER = "place    layer  scores  values  output → fitted  seconds"
 
@@ -38,17 +37,14 @@ def main(verb: str, args: list[str]) -> None:
     options = _parser().parse_args(args)
     out = Path(options.out)
     try:
-        if out.exists():
-            raise UserError(f"{out} exists; remove it, or choose another folder")
+        require_new(out)
+        if not 0 < options.ridge < math.inf:
+            raise UserError(f"ridge ({options.ridge}) must be positive; {RIDGE} is the default")
         overlay = _overlay(options.to)
         folder, path = find_checkpoint(options.run_or_ckpt, options.ckpt_path)
         checkpoint = read_checkpoint(path)
-        source, tokenizer = load_net(checkpoint), load_tokenizer(options.tokenizer or folder / run.TOKENIZER)
-        if vocabulary_size(tokenizer) > source.vocab_size:  # type: ignore[operator]
-            raise UserError(
-                f"the tokenizer has {vocabulary_size(tokenizer)} tokens but the model {source.vocab_size}; "
-                "use the one that it was trained with"
-            )
+        source = load_net(checkpoint)
+        tokenizer = load_tokenizer_of(source, options.tokenizer or folder / run.TOKENIZER)
         config = config_of(checkpoint)
         config["model"]["init_args"]["net"] = converted_spec(config["model"]["init_args"]["net"], overlay)
         target = build_net(config["model"]["init_args"]["net"], source.vocab_size)  # type: ignore[arg-type]
@@ -68,7 +64,7 @@ def main(verb: str, args: list[str]) -> None:
                 "layers": [asdict(layer) for layer in layers],
             },
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
         raise as_user_error(error) or error from error
     print(saving(source, target))
     print(f"written:    {written}; train it further with `fit --init_from {out}`")
@@ -101,7 +97,8 @@ def converted_spec(net: Spec, overlay: Spec) -> Spec:
     arguments = dict(net["init_args"])
     for place in PLACES:
         if (old := arguments.get(place)) is not None:
-            kept = {k: v for k, v in old.get("init_args", {}).items() if k in ("dropout", "bias")}
+            given = old.get("init_args", {}) if isinstance(old, dict) else {}
+            kept = {k: v for k, v in given.items() if k in ("dropout", "bias")}
             arguments[place] = {**overlay, "init_args": {**kept, **overlay.get("init_args", {})}}
     parser = net_parser()
     # the size of the vocabulary is the data's to say, and no part of a config

@@ -38,7 +38,7 @@ def main(verb: str, args: list[str]) -> None:
             lines = _to_hf(native, out, texts, options.tolerance)
         else:
             lines = _to_engine(options.format, native, out, texts, options.tolerance)
-    except ValueError as error:
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
         raise as_user_error(error) or error from error
     print("\n".join(lines))
 
@@ -82,7 +82,12 @@ def _parser() -> Parser:
     )
     add_checkpoint_argument(parser)
     parser.add_argument("--tokenizer", type=str, help="A tokenizer.json (default: the run's).")
-    parser.add_argument("--text", type=str, help="Compare on the lines of this file (default: prose of Python's own).")
+    parser.add_argument(
+        "--text",
+        type=str,
+        help="Compare on the first 16 lines of this file, up to 64 tokens of each (default: prose of Python's own); "
+        "for transformers also on one text as long as the model reads.",
+    )
     parser.add_argument(
         "--tolerance",
         type=float,

@@ -29,7 +29,7 @@ def main(verb: str, args: list[str]) -> None:
             tokenizer_json=found.tokenizer_json,
             origin=origin,
         )
-    except ValueError as error:
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
         raise as_user_error(error) or error from error
     print("\n".join(report(found)))
     print(f"written:    {written}")

@@ -58,7 +58,9 @@ def native(kind: str = "decoder", variant: str = "mhe_add", **changes: Any) -> N
         for parameter in () if module is None else module.parameters():
             with torch.no_grad():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    config = {"model": {"init_args": {"net": {"init_args": {"attention": "mhe_lightning.attention.MHE"}}}}}
+    config = {
+        "model": {"init_args": {"net": {"init_args": {"attention": {"class_path": "mhe_lightning.attention.MHE"}}}}}
+    }
     problem = kind if kind in ("classes", "value", "choice") else None
     labels = ("yes", "no", "maybe") if kind == "classes" else ()
     return Native(

@@ -430,10 +430,7 @@ def overlay(tmp_path, text="class_path: mhe_lightning.attention.MHE\ninit_args: 
 
 @pytest.fixture
 def convert(command):
-    """The verb, before the command line knows it."""
-    from mhe_lightning import cli
-
-    cli.VERBS.setdefault("convert", "convert")
+    """The verb."""
     return partial(command, "convert")
 
 
@@ -475,7 +472,7 @@ def test_the_spec_of_a_converted_net_is_resolved_and_keeps_the_rest(trained):
         (["--texts", "0"], "texts (0) must be at least 1"),
         (["--batch_size", "0"], "batch_size (0) must be at least 1"),
         (["--max_tokens", "2"], "max_length (2) must be at least 5"),
-        (["--ridge", "-1"], "ridge (-1.0) must not be negative"),
+        (["--ridge", "-1"], "ridge (-1.0) must be positive"),
     ],
 )
 def test_options_out_of_range_end_in_one_line(trained, texts, tmp_path, convert, options, told):

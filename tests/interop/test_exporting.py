@@ -17,8 +17,9 @@ from interop.natives import KINDS, TEXTS, native, tokenizer
 from mhe_lightning.attention import Attention
 from mhe_lightning.interop import exporting, hf_decoder
 from mhe_lightning.interop.exporting import export_to_hf, stock_model
+from mhe_lightning.interop.native import labels_of
 from mhe_lightning.interop.stock import NoStockClassError
-from mhe_lightning.interop.verification import NotEqualError
+from mhe_lightning.interop.verification import NotEqualError, verify
 from mhe_lightning.models.generation import generate
 from mhe_lightning.models.heads import SequenceHead
 from mhe_lightning.models.layers import ACTIVATIONS
@@ -243,3 +244,51 @@ def test_an_attention_that_is_no_grouped_query_attention_is_refused():
         block.attention = NoGroups(width=24, n_heads=4)
     with pytest.raises(NoStockClassError, match="no stock class computes NoGroups"):
         hf_decoder.stock_decoder(model.net, end_of_text=0)
+
+
+def test_a_text_as_long_as_the_model_reads_is_compared(tmp_path):
+    model = native("decoder")
+    with torch.no_grad():  # a wrong position that short texts do not reach
+        model.net.position_embedding.weight[36] *= 3.0
+    stock = stock_model(model)
+    exporting.write_hf(model, stock, tmp_path)
+    assert verify(model, stock, tmp_path, TEXTS * 9, 1e-4).tokens > 36 + 16
+
+    with torch.no_grad():
+        model.net.position_embedding.weight[36] /= 3.0
+    with pytest.raises(NotEqualError, match="differ from ours"):
+        verify(model, stock, tmp_path, TEXTS * 9, 1e-4)
+
+
+def test_text_that_spells_out_a_special_token_is_not_compared(tmp_path):
+    texts = [f"{text} <|endoftext|>" for text in TEXTS]
+    assert export_to_hf(native("decoder"), tmp_path / "out", [*texts, *TEXTS], 1e-4).agreement.texts == len(TEXTS) + 1
+    with pytest.raises(ValueError, match="no text has a beginning that fits"):
+        export_to_hf(native("decoder"), tmp_path / "other", texts, 1e-4)
+
+
+IMPORTED = {"format": "transformers", "source": "a/cross-encoder", "architecture": "BertForSequenceClassification"}
+CONVERTED = {"format": "mhe_lightning", "source": "runs/bert", "to": {}, "source_origin": IMPORTED}
+
+
+@pytest.mark.parametrize("origin", [IMPORTED, CONVERTED], ids=["imported", "imported, then converted"])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"id2label": {"0": "no", "1": "yes"}}, ("classes", ("no", "yes"))),
+        ({"id2label": {"0": "LABEL_0"}}, ("value", ())),  # as transformers takes one label without a problem_type
+        ({"problem_type": "regression", "id2label": {"0": "a"}}, ("value", ())),
+        ({"problem_type": "single_label_classification", "id2label": {"0": "a"}}, ("classes", ("a",))),
+    ],
+)
+def test_what_was_imported_keeps_its_problem_and_its_labels(origin, given, expected):
+    root = {**IMPORTED, "config": given}
+    assert labels_of({}, root if origin is IMPORTED else {**origin, "source_origin": root}) == expected
+
+
+def test_the_card_of_what_was_not_trained_here_says_where_it_is_from(tmp_path):
+    export(tmp_path, replace(native("decoder"), origin=CONVERTED))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Not trained here: converted from runs/bert, not trained since." in card
+    assert "trained with mhe_lightning" not in card
+    assert "train.py fit" not in card
