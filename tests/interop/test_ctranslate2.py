@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,11 @@ import torch
 
 from attention.oracle import VARIANTS
 from interop.natives import TEXTS, WIDTH, native, tokenizer
-from mhe_lightning.attention import GQA, MHE, SHA, Attention
+from mhe_lightning.attention import GQA, MHE, SHA
 from mhe_lightning.data.tokenizer import end_of_text_id
 from mhe_lightning.interop.ctranslate2 import export_to_ctranslate2
 from mhe_lightning.interop.engine import check_greedy, vocabulary
 from mhe_lightning.interop.native import Native
-from mhe_lightning.interop.stock import NoStockClassError
 from mhe_lightning.interop.verification import NotEqualError, fitting_pairs, native_batch
 from mhe_lightning.models.generation import generate
 from mhe_lightning.models.heads import SequenceHead
@@ -263,20 +261,6 @@ def test_rows_without_a_token_get_names(tmp_path):
     assert len(tokens) == len(set(tokens)) == model.net.vocab_size
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder", "headless"])
-def test_the_readmes_code_runs(kind, tmp_path, monkeypatch):
-    export(tmp_path, native(kind))
-    monkeypatch.chdir(tmp_path)
-    code = (tmp_path / "out" / "README.md").read_text().split("```python")[1].split("```")[0]
-    exec(code.replace("max_length=50", "max_length=9"), {})
-
-
-def test_what_differs_is_not_left_on_disk(tmp_path):
-    with pytest.raises(NotEqualError, match="more than the tolerance of 1e-12"):
-        export_to_ctranslate2(native(), tmp_path / "out", TEXTS, 1e-12)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_token_that_is_not_our_likeliest_is_found():
     model = native()
     likeliest = generate(model.net, [[0, 5]], max_new_tokens=3, temperature=0)[0]
@@ -285,30 +269,3 @@ def test_a_token_that_is_not_our_likeliest_is_found():
     likeliest[1] = (likeliest[1] + 1) % model.net.vocab_size
     with pytest.raises(NotEqualError, match="of text 0 the engine's token 2 is"):
         check_greedy(model, {}, [[0, 5]], [likeliest], 1e-4)
-
-
-def test_a_folder_that_is_there_is_refused(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "file").touch()
-    with pytest.raises(ValueError, match="exists"):
-        export(tmp_path, native())
-
-
-def test_a_decoder_with_a_classifier_is_refused(tmp_path):
-    head = SequenceHead(width=WIDTH, n_labels=2, pooling="last", dropout=0.0)
-    with pytest.raises(NoStockClassError, match="finetuned from"):
-        export(tmp_path, replace(native(), head=head))
-
-
-def test_an_attention_that_cannot_be_folded_is_refused(tmp_path):
-    class Other(Attention):
-        """It defines no `folded`."""
-
-    with pytest.raises(NoStockClassError, match="Other"):
-        export(tmp_path, native(attention=Other))
-
-
-def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    with pytest.raises(ValueError, match=r"mhe-lightning\[ctranslate2\]"):
-        export(tmp_path, native())

@@ -14,8 +14,7 @@ from torch import nn
 
 from attention.oracle import VARIANTS
 from interop.natives import KINDS, TEXTS, native, tokenizer
-from mhe_lightning.attention import Attention
-from mhe_lightning.interop import exporting, hf_decoder
+from mhe_lightning.interop import exporting
 from mhe_lightning.interop.exporting import export_to_hf, stock_model
 from mhe_lightning.interop.native import labels_of
 from mhe_lightning.interop.stock import NoStockClassError
@@ -183,21 +182,6 @@ def test_tied_weights_are_stored_once_and_untied_ones_twice(tmp_path):
             assert ("lm_head.weight" in file.keys()) == (not tied)  # noqa: SIM118 - no mapping
 
 
-def test_an_export_over_something_is_refused_and_changes_nothing(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(ValueError, match=r"out exists; remove it, or choose another folder"):
-        export(tmp_path, native("decoder"))
-    assert (tmp_path / "out" / "mine").read_text() == "kept"
-
-
-class NoGroups(Attention):
-    """An attention of a user's own."""
-
-    def __init__(self, *, width, n_heads):
-        super().__init__(width=width, n_heads=n_heads)
-
-
 def _with_pooling(pooling):
     model = native("classes")
     return replace(model, head=SequenceHead(width=24, n_labels=3, pooling=pooling, dropout=0.0))
@@ -236,14 +220,6 @@ def test_what_has_no_stock_class_is_refused_with_the_reason(case):
     make, reason = REFUSED[case]
     with pytest.raises(NoStockClassError, match=reason):
         stock_model(make())
-
-
-def test_an_attention_that_is_no_grouped_query_attention_is_refused():
-    model = native("decoder")
-    for block in model.net.blocks:
-        block.attention = NoGroups(width=24, n_heads=4)
-    with pytest.raises(NoStockClassError, match="no stock class computes NoGroups"):
-        hf_decoder.stock_decoder(model.net, end_of_text=0)
 
 
 def test_a_text_as_long_as_the_model_reads_is_compared(tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -178,9 +177,3 @@ def test_a_file_with_other_content_is_found_and_not_left_on_disk(part, tmp_path,
     with pytest.raises(NotEqualError, match=r"context_length|blk\.0\.ffn_up\.bias"):
         export(tmp_path, native())
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ValueError, match=r"mhe-lightning\[gguf\]"):
-        export(tmp_path, native())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from mhe_lightning.interop import onnx_builder
 from mhe_lightning.interop.native import Native
 from mhe_lightning.interop.onnx import Session, cached, export_to_onnx, generate
 from mhe_lightning.interop.stock import NoStockClassError
-from mhe_lightning.interop.verification import NotEqualError
 from mhe_lightning.models import generation
 from mhe_lightning.models.heads import SequenceHead
 
@@ -185,27 +183,7 @@ def test_large_weights_lie_in_a_file_of_their_own(tmp_path, monkeypatch):
     assert Session(out / "model.onnx").outputs[0] == "logits"  # also where the folder has got its name
 
 
-@pytest.mark.parametrize("kind", ["decoder", "encoder_decoder", "headless"])
-def test_the_readmes_code_runs(kind, tmp_path, monkeypatch):
-    export(tmp_path, native(kind))
-    monkeypatch.chdir(tmp_path)
-    code = (tmp_path / "out" / "README.md").read_text().split("```python")[1].split("```")[0]
-    exec(code.replace("50", "9"), {})
-
-
-def test_what_differs_is_not_left_on_disk(tmp_path):
-    with pytest.raises(NotEqualError, match="more than the tolerance of 1e-12"):
-        export_to_onnx(native(), tmp_path / "out", TEXTS, 1e-12)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_head_that_reads_spans_is_refused(tmp_path):
     head = SequenceHead(width=WIDTH, n_labels=2, n_spans=2, pooling="first", dropout=0.0)
     with pytest.raises(NoStockClassError, match="2 spans"):
         export(tmp_path, replace(native("classes"), head=head))
-
-
-def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ValueError, match=r"mhe-lightning\[onnx\]"):
-        export(tmp_path, native())
