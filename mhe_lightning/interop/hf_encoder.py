@@ -105,7 +105,7 @@ def _with_sequence_head(
     if head.pooling != "first":
         raise NoStockClassError(
             f"BERT classifies the state of the first token, this model the {head.pooling} one; train it with "
-            "--model.pooling=first to export it"
+            "--model.pooling=first, or export --format onnx"
         )
     if head.n_spans:
         raise NoStockClassError(
