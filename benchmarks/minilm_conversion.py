@@ -34,7 +34,6 @@ from torch.utils.data import DataLoader
 from mhe_lightning.accounting import attention_weights
 from mhe_lightning.attention import GQA, MHE, Attention
 from mhe_lightning.checkpoint import read_checkpoint
-from mhe_lightning.comparison.diversity import TokenBatch, attentions_of
 from mhe_lightning.data.tokenizer import load_tokenizer
 from mhe_lightning.interop.calibration import texts_as_batches
 from mhe_lightning.interop.conversion import convert_net
@@ -42,6 +41,7 @@ from mhe_lightning.interop.importing import import_checkpoint
 from mhe_lightning.models import Encoder
 from mhe_lightning.nets import load_net
 from mhe_lightning.tasks.distillation import Distillation
+from mhe_lightning.text_batches import TokenBatch, attentions_of
 from mhe_lightning.weights_only import write_weights
 
 TASKS = {"sst2": ("sentence",), "qnli": ("question", "sentence"), "mrpc": (), "stsb": (), "mnli": ()}

@@ -22,11 +22,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from mhe_lightning.attention import Attention
-from mhe_lightning.comparison.diversity import TokenBatch, text_batches
 from mhe_lightning.data.examples import pad
 from mhe_lightning.data.sequences import SequenceFormat
 from mhe_lightning.models import EncoderDecoder
 from mhe_lightning.models.layers import Block
+from mhe_lightning.text_batches import TokenBatch, text_batches
 
 
 class Call(NamedTuple):

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from mhe_lightning.attention import MHA, Attention
-from mhe_lightning.comparison.diversity import TokenBatch, attentions_of
 from mhe_lightning.interop.calibration import (
     AttentionInput,
     after,
@@ -32,6 +31,7 @@ from mhe_lightning.interop.calibration import (
 )
 from mhe_lightning.interop.solving import RIDGE, output_bias_of, problem_of, set_linear, share, solve
 from mhe_lightning.models.layers import Block
+from mhe_lightning.text_batches import TokenBatch, attentions_of
 
 Progress = Callable[["LayerReport"], None]
 

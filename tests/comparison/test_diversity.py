@@ -13,19 +13,17 @@ from scipy.spatial import distance
 
 from mhe_lightning.attention import MHA, MHE, SHA
 from mhe_lightning.comparison.diversity import (
-    TokenBatch,
     attention_maps,
-    attentions_of,
     cosine_similarity,
     diversity_of_text,
     jensen_shannon,
     maps_of_text,
     measure_heads,
-    text_batches,
     token_texts,
 )
 from mhe_lightning.data.tokenizer import train_tokenizer
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder, beam_search
+from mhe_lightning.text_batches import TokenBatch, attentions_of, text_batches
 
 TEXT = ["the cat sings under a tree", "", "a dog runs slowly over the stone", "birds sleep with light"] * 4
 SIZES = dict(width=12, n_heads=3, n_layers=2, max_length=16)

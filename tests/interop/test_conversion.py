@@ -10,7 +10,6 @@ import yaml
 
 from mhe_lightning.attention import GQA, MHA, MHE, MQA, SHA, SKV, ELAttention
 from mhe_lightning.checkpoint import RECORD, config_of, read_checkpoint
-from mhe_lightning.comparison.diversity import TokenBatch, attentions_of
 from mhe_lightning.data.tokenizer import train_tokenizer
 from mhe_lightning.interop.calibration import (
     AttentionInput,
@@ -24,6 +23,7 @@ from mhe_lightning.interop.conversion import convert_attention, convert_net
 from mhe_lightning.interop.solving import problem_of, solve
 from mhe_lightning.models import Decoder, Encoder, EncoderDecoder
 from mhe_lightning.nets import load_net
+from mhe_lightning.text_batches import TokenBatch, attentions_of
 from mhe_lightning.verbs.convert import calibration_texts, converted_spec
 from mhe_lightning.weights_only import ORIGIN, write_weights
 
