@@ -189,6 +189,16 @@ class Task(LightningModule):
         self.log("train/loss", mean, prog_bar=True)
         self.log_dict({"lr": rate, "tokens_seen": self.tokens_seen.float(), "step": float(self.global_step + 1)})
 
+    def check_tokenizer(self, sha256: str) -> None:
+        """Refuse data of another tokenizer than this task's own; most tasks take any.
+
+        Args:
+            sha256: of the data's tokenizer, as `mhe_lightning.data.tokenizer.tokenizer_hash` gives it.
+
+        Raises:
+            ValueError: it is another.
+        """
+
     # Evaluation
 
     def merge_predictions(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from mhe_lightning.checkpoint import read_checkpoint, run_of
+from mhe_lightning.checkpoint import RECORD, TOKENIZER_HASH, read_checkpoint, run_of
 from mhe_lightning.models.heads import MaskedTokenHead
 from mhe_lightning.models.loss import IGNORE
 from mhe_lightning.nets import load_net
@@ -22,16 +22,23 @@ Batch = dict[str, Any]
 
 
 class Teacher(NamedTuple):
-    """A trained model to learn from: its net and the masked-token head that it may have, both frozen."""
+    """A trained model to learn from: its net and the masked-token head that it may have, both frozen.
+
+    Args:
+        net: in eval mode.
+        head: of masked tokens, if it was trained with one.
+        tokenizer_sha256: of the tokenizer that it was trained with, if that is known.
+    """
 
     net: nn.Module
     head: MaskedTokenHead | None
+    tokenizer_sha256: str | None
 
     def to(self, like: Tensor) -> None:
         """Move to the device and dtype of ``like``, if it is elsewhere."""
         own = next(self.net.parameters())
         if (own.device, own.dtype) != (like.device, like.dtype):
-            for module in self:
+            for module in (self.net, self.head):
                 if module is not None:
                     module.to(like)
 
@@ -113,9 +120,21 @@ class Distillation(Task):
 
     def setup(self, stage: str) -> None:
         self.evaluation = Nearness()
+        self._read_teacher()
+
+    def check_tokenizer(self, sha256: str) -> None:
+        theirs = self._read_teacher().tokenizer_sha256
+        if theirs is not None and theirs != sha256:
+            raise ValueError(
+                f"the teacher {self.teacher_path} was trained with the tokenizer {theirs[:12]}…, the data have "
+                f"{sha256[:12]}…; set --data.tokenizer to the tokenizer.json of the teacher's run"
+            )
+
+    def _read_teacher(self) -> Teacher:
         if self.teacher is None:
             self.teacher = load_teacher(Path(self.teacher_path))
             self._check_teacher(self.teacher)
+        return self.teacher
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses, counted, _ = self._compare(batch)
@@ -172,7 +191,7 @@ class Distillation(Task):
     def _divergence(self, ours: Tensor, theirs: Tensor) -> Tensor:
         """``T² KL(teacher ‖ net)`` of each of (M, D) hidden states, (M,)."""
         assert self.teacher is not None
-        net, head = self.teacher
+        net, head = self.teacher.net, self.teacher.head
         if head is None:
             z, z_there = self.net.logits(ours), net.logits(theirs)  # type: ignore[operator]
         else:
@@ -187,6 +206,8 @@ class Distillation(Task):
             for name in ("causal", "width", "vocab_size")
             if getattr(teacher.net, name) != getattr(self.net, name)
         ]
+        if teacher.net.max_length < self.net.max_length:  # type: ignore[operator]
+            found.append(f"it has {teacher.net.max_length} positions, the net {self.net.max_length}")
         depths = [len(net.blocks) for net in (teacher.net, self.net)]  # type: ignore[arg-type]
         if self.layers == "all" and depths[0] != depths[1]:
             found.append(f"it has {depths[0]} blocks, the net {depths[1]} (layers 'last' needs no equal depth)")
@@ -242,7 +263,7 @@ def load_teacher(path: Path) -> Teacher:
         head = MaskedTokenHead(width=net.width, vocab_size=net.vocab_size)  # type: ignore[arg-type]
         head.load_state_dict(weights)
         head.eval().requires_grad_(False)
-    return Teacher(net.eval().requires_grad_(False), head)
+    return Teacher(net.eval().requires_grad_(False), head, checkpoint[RECORD].get(TOKENIZER_HASH))
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> Tensor:

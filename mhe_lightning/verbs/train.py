@@ -210,6 +210,9 @@ class TrainCLI(ExperimentCLI):
         if isinstance(self.datamodule, ExactDataModule):
             self.datamodule.dataset("train")
             self.datamodule.dataset("validation")
+        given = _tokenizer_sha256(self.datamodule)
+        if given is not None:
+            self.model.check_tokenizer(given)
 
     def before_validate(self) -> None:
         self._check_tokenizer()

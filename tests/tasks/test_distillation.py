@@ -299,8 +299,8 @@ def distillation(tiny_config, tmp_path):
     }
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
     config = {"model": {"class_path": "mhe_lightning.tasks.LanguageModeling", "init_args": {"net": spec}}}
-    tokenizer = train_tokenizer(["a"], "bpe", 257).to_str()
-    write_weights(tmp_path / "teacher", config=config, state_dict=state, tokenizer_json=tokenizer, origin={})
+    for folder, tokenizer in (("teacher", None), ("stranger", train_tokenizer(["a"], "bpe", 257).to_str())):
+        write_weights(tmp_path / folder, config=config, state_dict=state, tokenizer_json=tokenizer, origin={})
     return path
 
 
@@ -325,6 +325,17 @@ def test_training_comes_nearer_and_saves_no_teacher(distillation, command, tmp_p
     assert {"val/loss", "val/cosine"} <= set((runs / "whole" / "metrics.csv").read_text().split("\n")[0].split(","))
     newest = read_checkpoint(sorted((runs / "whole" / "checkpoints").glob("step=*.ckpt"))[-1])
     assert not any("teacher" in name for name in newest["state_dict"])
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_and_an_earlier_run_stays(distillation, command, tmp_path):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "metrics.csv").touch()
+    teacher = f"--model.teacher={tmp_path / 'stranger'}"
+    code, _, errors = command("fit", "--config", str(distillation), "--name", "mine", teacher)
+    assert code == 2
+    assert "stranger was trained with the tokenizer" in errors
+    assert "set --data.tokenizer to the tokenizer.json of the teacher's run" in errors
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(distillation, command, tmp_path):
