@@ -28,6 +28,9 @@ TOKENS = 64
 
 Pair = tuple[str, str | None]
 
+Compared = list[tuple[dict[str, Tensor], dict[str, Tensor]]]
+"""Batches as our model reads them, and as transformers' does."""
+
 
 class NotEqualError(ValueError):
     """An exported model does not compute what ours does."""
@@ -71,11 +74,33 @@ def verify(native: Native, stock: StockModel, folder: Path, texts: Sequence[str]
     Raises:
         NotEqualError: the tokens differ, weights are missing or not used, or scores differ by more than ``tolerance``.
     """
-    transformers = require("transformers", "hf", "check what was exported")
-    compared = []
+    compared: Compared = []
     for pairs in (fitting_pairs(native, texts), longest_pair(native, texts)):
         batch = native_batch(native, pairs)
         compared.append((batch, stock_batch(native, folder, pairs, batch)))
+    model = load_stock(stock, folder)
+    own = next(native.net.parameters()).dtype
+    try:
+        float32, _ = _compare(native, model, compared, torch.float32)
+        float64, largest = _compare(native, model, compared, torch.float64)
+    finally:
+        _convert(native, own)
+    if not float64 <= tolerance:
+        raise NotEqualError(
+            f"its scores differ from ours by up to {float64:.1e} in float64, more than the tolerance of {tolerance:g}"
+        )
+    n_texts = sum(len(batch["padding"]) for batch, _ in compared)
+    n_tokens = sum(int(batch["padding"].sum()) for batch, _ in compared)
+    return Agreement(n_texts, n_tokens, float64, float32, largest)
+
+
+def load_stock(stock: StockModel, folder: Path) -> Any:
+    """What was exported, through its ``Auto*`` class of transformers, in eval mode.
+
+    Raises:
+        NotEqualError: it is of another class, or weights are missing or not used.
+    """
+    transformers = require("transformers", "hf", "check what was exported")
     transformers.logging.disable_progress_bar()
     model, info = getattr(transformers, stock.auto_class).from_pretrained(
         folder, output_loading_info=True, local_files_only=True, trust_remote_code=False
@@ -86,37 +111,35 @@ def verify(native: Native, stock: StockModel, folder: Path, texts: Sequence[str]
         if info[key]:
             named = ", ".join(sorted(map(str, info[key]))[:5])
             raise NotEqualError(f"transformers finds {key.replace('_', ' ')}: {named}")
-    model.eval()
-    net_dtype = next(native.net.parameters()).dtype
-    differences = {torch.float32: 0.0, torch.float64: 0.0}
-    largest = 0.0
-    for dtype in differences:
-        for module in (native.net, native.head, model):
-            if module is not None:
-                module.to(dtype)
-        for batch, inputs in compared:
-            expected, found = native.scores(batch), stock_scores(model, inputs)
-            if found.shape != expected.shape:
-                raise NotEqualError(f"its scores have shape {tuple(found.shape)}, ours {tuple(expected.shape)}")
-            difference = _largest_difference(native, batch, expected, found)
-            # not max(), which can lose a nan
-            differences[dtype] = difference if not difference <= differences[dtype] else differences[dtype]
-            largest = max(largest, float(expected.abs().max()))
+    return model.eval()
+
+
+def _compare(native: Native, model: Any, compared: Compared, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest difference of two scores, nan if one is, and the largest of ours; computed in ``dtype``.
+
+    Raises:
+        NotEqualError: there are others than ours.
+    """
+    _convert(native, dtype)
+    model.to(dtype)
+    differences, sizes = [], []
+    for batch, inputs in compared:
+        expected, found = native.scores(batch), stock_scores(model, inputs)
+        if found.shape != expected.shape:
+            raise NotEqualError(f"its scores have shape {tuple(found.shape)}, ours {tuple(expected.shape)}")
+        difference = (expected - found).abs()
+        # what padding gives means nothing
+        if not isinstance(native.head, SequenceHead) and not isinstance(native.net, EncoderDecoder):
+            difference = difference[batch["padding"]]
+        differences.append(difference.max())
+        sizes.append(expected.abs().max())
+    return float(torch.stack(differences).max()), float(torch.stack(sizes).max())
+
+
+def _convert(native: Native, dtype: torch.dtype) -> None:
     for module in (native.net, native.head):
         if module is not None:
-            module.to(net_dtype)
-    if not differences[torch.float64] <= tolerance:
-        raise NotEqualError(
-            f"its scores differ from ours by up to {differences[torch.float64]:.1e} in float64, more than the "
-            f"tolerance of {tolerance:g}"
-        )
-    return Agreement(
-        sum(len(batch["padding"]) for batch, _ in compared),
-        sum(int(batch["padding"].sum()) for batch, _ in compared),
-        differences[torch.float64],
-        differences[torch.float32],
-        largest,
-    )
+            module.to(dtype)
 
 
 def fitting_pairs(native: Native, texts: Sequence[str]) -> list[Pair]:
@@ -225,14 +248,6 @@ def stock_scores(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([output["start_logits"], output["end_logits"]], -1)
     found: Tensor = output["logits"] if "logits" in output else output["last_hidden_state"]
     return found
-
-
-def _largest_difference(native: Native, batch: Mapping[str, Tensor], expected: Tensor, found: Tensor) -> float:
-    """Over what real tokens give; what padding gives means nothing."""
-    difference = (expected - found).abs()
-    if not isinstance(native.head, SequenceHead) and not isinstance(native.net, EncoderDecoder):
-        difference = difference[batch["padding"]]
-    return float(difference.max())
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

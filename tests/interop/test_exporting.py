@@ -268,3 +268,13 @@ def test_the_card_of_what_was_not_trained_here_says_where_it_is_from(tmp_path):
     assert "Not trained here: converted from runs/bert, not trained since." in card
     assert "trained with mhe_lightning" not in card
     assert "train.py fit" not in card
+
+
+@pytest.mark.parametrize("position", [2, 36], ids=["in short texts", "in the longest alone"])
+def test_a_model_that_gives_no_numbers_is_not_exported(position, tmp_path):
+    model = native("decoder")
+    with torch.no_grad():
+        model.net.position_embedding.weight[position] = float("nan")
+    with pytest.raises(NotEqualError, match="differ from ours by up to nan"):
+        export_to_hf(model, tmp_path / "out", TEXTS * 9, 1e-4)
+    assert list(tmp_path.iterdir()) == []
