@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from mhe_lightning.distributed import all_reduce_sum, parallelize
 
@@ -210,6 +211,13 @@ class Task(LightningModule):
         self.log_dict({f"{split}/{name}": value for name, value in results.items()}, prog_bar=True)
         if self.trainer.state.fn == "fit":
             self.log("step", float(self.global_step))  # the loggers' axis
+
+
+def results_of(metric: Metric) -> dict[str, Tensor]:
+    """What a metric has found over a whole evaluation set; it begins anew."""
+    results: dict[str, Tensor] = metric.compute()
+    metric.reset()
+    return results
 
 
 def net_inputs(net: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:

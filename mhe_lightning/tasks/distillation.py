@@ -16,7 +16,7 @@ from mhe_lightning.checkpoint import RECORD, TOKENIZER_HASH, read_checkpoint, ru
 from mhe_lightning.models.heads import MaskedTokenHead
 from mhe_lightning.models.loss import IGNORE
 from mhe_lightning.nets import load_net
-from mhe_lightning.tasks.base import Task, net_inputs
+from mhe_lightning.tasks.base import Task, net_inputs, results_of
 
 Batch = dict[str, Any]
 
@@ -150,10 +150,10 @@ class Distillation(Task):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_evaluation("val", self._results())
+        self.log_evaluation("val", results_of(self.evaluation))
 
     def on_test_epoch_end(self) -> None:
-        self.log_evaluation("test", self._results())
+        self.log_evaluation("test", results_of(self.evaluation))
 
     def _compare(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Of each token its loss (B, T) and whether it counts (B, T); the last hidden states of both, (B, T, D)."""
@@ -215,11 +215,6 @@ class Distillation(Task):
             found.append("it has no masked-token head, which logits_weight needs; set it to 0")
         if found:
             raise ValueError(f"the teacher {self.teacher_path} does not fit the net: " + "; ".join(found))
-
-    def _results(self) -> dict[str, Tensor]:
-        results = self.evaluation.compute()
-        self.evaluation.reset()
-        return results
 
 
 class Nearness(Metric):

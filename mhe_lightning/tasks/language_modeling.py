@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from mhe_lightning.models.loss import IGNORE
-from mhe_lightning.tasks.base import Task
+from mhe_lightning.tasks.base import Task, results_of
 
 Batch = dict[str, Any]
 
@@ -44,10 +44,10 @@ class LanguageModeling(Task):
         self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_evaluation("val", self._results())
+        self.log_evaluation("val", results_of(self.evaluation))
 
     def on_test_epoch_end(self) -> None:
-        self.log_evaluation("test", self._results())
+        self.log_evaluation("test", results_of(self.evaluation))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """For every row of the batch its number, its predicted tokens, and their loss in nats."""
@@ -69,11 +69,6 @@ class LanguageModeling(Task):
         self.evaluation.update(
             per_token.double().sum(), (targets != IGNORE).sum(), batch["words_per_token"], batch["bytes_per_token"]
         )
-
-    def _results(self) -> dict[str, Tensor]:
-        results = self.evaluation.compute()
-        self.evaluation.reset()
-        return results
 
 
 class TokenLoss(Metric):

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from mhe_lightning.models.heads import MaskedTokenHead
 from mhe_lightning.models.loss import IGNORE
-from mhe_lightning.tasks.base import Task, net_inputs, tokens_read
+from mhe_lightning.tasks.base import Task, net_inputs, results_of, tokens_read
 
 Batch = dict[str, Any]
 
@@ -62,10 +62,10 @@ class MaskedLanguageModeling(Task):
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_evaluation("val", self._results())
+        self.log_evaluation("val", results_of(self.evaluation))
 
     def on_test_epoch_end(self) -> None:
-        self.log_evaluation("test", self._results())
+        self.log_evaluation("test", results_of(self.evaluation))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """For every row its number, its tokens, and their pseudo-log-likelihood in nats."""
@@ -101,11 +101,6 @@ class MaskedLanguageModeling(Task):
 
     def _embeddings(self) -> Tensor:
         return self.net.token_embedding.weight  # type: ignore[union-attr, return-value]
-
-    def _results(self) -> dict[str, Tensor]:
-        results = self.evaluation.compute()
-        self.evaluation.reset()
-        return results
 
 
 class MaskedTokenScores(Metric):

@@ -18,6 +18,7 @@ from mhe_lightning.callbacks import MetricsCSV
 from mhe_lightning.data import CorpusSpec, MaskedLanguageModelingData
 from mhe_lightning.models import Decoder, Encoder
 from mhe_lightning.tasks import MaskedLanguageModeling
+from mhe_lightning.tasks.base import results_of
 from mhe_lightning.tasks.masked_language_modeling import PSEUDO_LIKELIHOOD_BATCH
 
 VOCABULARY, LENGTH, STEPS, ROWS = 13, 10, 3, 12
@@ -295,6 +296,6 @@ def test_a_batch_that_stands_for_nothing_changes_no_result(prose, prepared):
     e.task.setup("validate")
     for rows in ([0, 1], [-1]):
         e.task.validation_step(e.data.collate([e.data.dataset("validation")[row] for row in rows]), 0)
-    with_padding = e.task._results()
+    with_padding = results_of(e.task.evaluation)
     e.task.validation_step(e.data.collate([e.data.dataset("validation")[row] for row in (0, 1)]), 0)
-    assert with_padding == e.task._results()
+    assert with_padding == results_of(e.task.evaluation)
