@@ -62,6 +62,8 @@ def set_aside(folder: Path) -> Path | None:
 def lock(folder: Path) -> TextIO:
     """Hold the run for this process, until the file that is returned is closed.
 
+    What killed processes were writing when they were killed is removed: nobody else is at it now.
+
     Raises:
         ValueError: another process of this machine is writing to it.
     """
@@ -78,6 +80,8 @@ def lock(folder: Path) -> TextIO:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
+    for unfinished in (*folder.glob(".*.tmp"), *folder.glob("checkpoints/.*.tmp")):
+        unfinished.unlink(missing_ok=True)
     return file
 
 

@@ -102,15 +102,13 @@ class Checkpoints(Checkpoint):
 
     def _leave_later_behind(self, trainer: Trainer) -> None:
         """Where a run goes on from an earlier checkpoint, set those aside of the course that it leaves: `auto` would
-        return to them, and pruning would take them for the newest. Remove what a killed process was writing."""
+        return to them, and pruning would take them for the newest."""
         folder = self._folder(trainer)
         later = [p for kind in ("step", "best-step", "averaged-step") for p in checkpoints_in(folder, kind)]
         if trainer.is_global_zero:
             for path in later:
                 if step_of(path) > trainer.global_step:
                     set_aside(path)
-            for unfinished in folder.glob(".*.tmp"):
-                unfinished.unlink(missing_ok=True)
         trainer.strategy.barrier()
         if not checkpoints_in(folder, "best-step"):
             self.best = None
