@@ -36,6 +36,17 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def new_control_group() -> dist.ProcessGroup | None:
+    """A group of all processes for what they say to each other on the CPU, so that no device is waited for.
+
+    None in one process; a collective call in several.
+    """
+    if not is_distributed():
+        return None
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """``values`` summed over all ranks; as they are in one process."""
     if is_distributed():

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,13 +13,15 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mhe_lightning.checkpoint import SUFFIX, checkpoints_in, remove_checkpoint, set_aside, step_of
-from mhe_lightning.distributed import is_distributed
+from mhe_lightning.distributed import new_control_group
+from mhe_lightning.signals import END_SIGNALS
 
 
 class Checkpoints(Checkpoint):
     """Writes ``checkpoints/step=….ckpt`` to resume from and ``best-step=….ckpt`` to use.
 
-    At SIGTERM, to any rank, the step is finished and saved, and `SIGTERMException` ends training on all ranks.
+    At SIGTERM or SIGUSR1, to any rank, the step is finished and saved, and `SIGTERMException` ends training on all
+    ranks.
 
     At most ``keep`` + 1 files are left (and one more while writing). What a signal left between two regular ones goes
     before these, so that a run that was interrupted ends with the files of one that was not.
@@ -54,7 +53,6 @@ class Checkpoints(Checkpoint):
         self._step_before = 0
         self._saved_step = 0
         self._due = False
-        self._terminated = False
         self._ending = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,8 +63,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new to save yet
-        # Lightning's handler calls a collective at whatever point the signal arrives, and ends between micro-batches
-        signal.signal(signal.SIGTERM, self._on_sigterm)
         interval = trainer.val_check_batch
         if isinstance(interval, int) and interval % trainer.accumulate_grad_batches:
             raise ValueError(
@@ -75,6 +71,8 @@ class Checkpoints(Checkpoint):
                 "would lose the gradients gathered so far"
             )
         self._leave_later_behind(trainer)
+        self._group = new_control_group()
+        END_SIGNALS.defer()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
@@ -83,7 +81,7 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = trainer.global_step > self._step_before  # never in the middle of an accumulation
-        self._ending = stepped and _on_any_rank(self._terminated, pl_module.device)
+        self._ending = stepped and END_SIGNALS.agreed(self._group)
         self._due = stepped and (self._ending or trainer.global_step % self.every_n_steps == 0)
         # a validation belongs to its step: a run that goes on from this checkpoint does not repeat it
         if self._due and not _validation_follows(trainer):
@@ -143,9 +141,6 @@ class Checkpoints(Checkpoint):
         if self._ending:
             raise SIGTERMException
 
-    def _on_sigterm(self, *_: Any) -> None:
-        self._terminated = True
-
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints"
@@ -156,14 +151,6 @@ def _validation_follows(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
-def _on_any_rank(flag: bool, device: torch.device) -> bool:
-    if not is_distributed():
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
 
 
 def _prune(trainer: Trainer, paths: list[Path]) -> None:

@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mhe_lightning import run
@@ -43,16 +44,21 @@ from mhe_lightning.experiment import ExperimentCLI
 from mhe_lightning.files import write_text
 from mhe_lightning.parsing import as_user_error, data_module
 from mhe_lightning.pretrained import load_pretrained, take_tokenizer
+from mhe_lightning.signals import END_SIGNALS, requeue, take_over
 
 
 def main(verb: str, args: list[str]) -> None:
     _quieten()
     try:
         with ExitStack() as held:
+            if verb == "fit":
+                held.enter_context(END_SIGNALS.listening())
             TrainCLI(verb, args, held)
     except SIGTERMException:
         print("terminated: the last step is saved; go on with --ckpt_path auto", file=sys.stderr)
-        sys.exit(143)  # Lightning's own code is 0, which a scheduler takes for "finished"
+        if _rank() == 0 and (answer := requeue()) is not None:
+            print(answer, file=sys.stderr)
+        sys.exit(143)  # as SIGTERM's; Lightning's own code is 0, which a scheduler takes for "finished"
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits with 1
             raise KeyboardInterrupt from error
@@ -154,12 +160,16 @@ class TrainCLI(ExperimentCLI):
         elif logger in (None, True):
             logger = TensorBoardLogger(self.folder, name="", version="", sub_dir="tensorboard")
         kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))  # its signals are ours
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             kwargs["enable_progress_bar"] = False  # plain lines instead
         elif options.enable_progress_bar is not False:
             # the default bar shows "Epoch 0/-2" for training that ends at a step
             kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar()]
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=logger, **kwargs)
+        if self.subcommand == "fit":
+            take_over(trainer)
         seed = int(self.config[self.subcommand].seed_everything)
         throughput = Throughput()
         added = [ExactResume(seed), throughput, RunRecord(self._config_text(), seed, throughput), Predictions()]
