@@ -93,9 +93,7 @@ class Processes:
         return [pid for pid, stat in _processes() if stat.session in sessions and stat.state != "Z"]
 
 
-def start(
-    args: Sequence[str], *, ranks: int, log: Path, fault: Fault | None, stacks_after: float = 100.0
-) -> Processes:
+def start(args: Sequence[str], *, ranks: int, log: Path, fault: Fault | None, stacks_after: float = 100.0) -> Processes:
     """Run the command line in forked processes, as torchrun would start them; a fault at a place is put into them."""
     context = multiprocessing.get_context("fork")
     port = free_port()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from mhe_lightning import __version__
-from mhe_lightning.errors import UserError
+from mhe_lightning.errors import RunError, UserError
 
 USAGE = """\
 usage: python train.py VERB [options]      (or: mhe VERB [options])
@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         import_module(f"mhe_lightning.verbs.{VERBS[verb]}").main(verb, rest)
     except UserError as error:
         _fail(str(error))
+    except RunError as error:
+        _fail(str(error), code=1)
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
@@ -87,6 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -34,6 +34,7 @@ ALLOWED = {
         "averaging",
         "checkpoint",
         "distributed",
+        "errors",
         "run",
         "files",
     },

@@ -16,6 +16,9 @@ from mhe_lightning.distributed import all_reduce_sum, parallelize
 
 Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
 
+StepCheck = Callable[[Tensor, "Tensor | None"], None]
+"""Takes a step's mean loss over all ranks and, where gradients are clipped by it, the norm they had: scalars."""
+
 
 class Task(LightningModule):
     """An objective over a net, trained with AdamW.
@@ -103,6 +106,8 @@ class Task(LightningModule):
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long))
         self.tokens_seen: Tensor
         self._window: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.step_checks: list[StepCheck] = []
+        """Called with every step's loss and gradient norm, after clipping and before the optimizer."""
 
     def configure_model(self) -> None:
         parallelize(self.net, compile=self.compile_blocks, activation_checkpointing=self.activation_checkpointing)
@@ -138,12 +143,14 @@ class Task(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip for fused optimizers in mixed precision, for the sake of float16's gradient scaler
-        if not gradient_clip_val:
-            return
-        if gradient_clip_algorithm == "value":
+        norm = None
+        if gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        else:
-            self.log("grad_norm", nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val))
+        elif gradient_clip_val:
+            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            self.log("grad_norm", norm)
+        for check in self.step_checks:
+            check(self._step_loss, norm)
 
     def on_train_start(self) -> None:
         if str(self.trainer.precision).startswith("16"):
@@ -186,8 +193,8 @@ class Task(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = rate
         self.tokens_seen += totals[2].long()
-        mean = totals[0] / totals[1].clamp_min(1)
-        self.log("train/loss", mean, prog_bar=True)
+        self._step_loss = totals[0] / totals[1].clamp_min(1)
+        self.log("train/loss", self._step_loss, prog_bar=True)
         self.log_dict({"lr": rate, "tokens_seen": self.tokens_seen.float(), "step": float(self.global_step + 1)})
 
     def check_tokenizer(self, sha256: str) -> None:
