@@ -13,8 +13,8 @@ given one to three faults, and restarted with ``--ckpt_path auto`` after each, u
    those of a run without faults, on the same number of ranks and data workers;
 5. `verify-resume` finds no row skipped or repeated.
 
-What is done to run number i is a function of ``--seed`` and i. Finished runs are kept in ``--work``; the same command goes on where it was
-stopped.
+What is done to run number i is a function of ``--seed`` and i. What was found is kept in ``--work`` run by run; the
+same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,9 +41,9 @@ from typing import Any
 
 import torch
 import yaml
+from common import machine
 from fault_injection import ALL, PLACES, Fault, Processes, start
 
-from common import machine
 from mhe_lightning.callbacks.run_record import versions
 from mhe_lightning.checkpoint import checkpoints_in, damage, read_checkpoint, step_of
 
@@ -189,9 +189,9 @@ class Campaign:
         if told and was_at - went_on_from > allowed:
             problems.append(f"went on from step {went_on_from}, but step {was_at} had been reached")
         if fault is not None and fault.kind.startswith("SIGTERM") and processes.codes == [143] * ranks:
-            at = reached(root / name)
-            if newest_whole(root / name) != max(at, 0):
-                problems.append(f"SIGTERM lost steps: {newest_whole(root / name)} is saved of {at}")
+            saved = newest_whole(root / name)
+            if saved != attempt.reached:
+                problems.append(f"SIGTERM lost steps: {saved} is saved of {attempt.reached}")
         return attempt
 
     def _start(self, *args: str) -> Processes:
@@ -318,16 +318,14 @@ def _wrong_codes(attempt: Attempt) -> list[str]:
     if set(codes) == {0}:
         return []  # it ended before the fault
     hit = range(len(codes)) if fault.rank == ALL else [fault.rank]
-    promised: Callable[[int | None], bool]
+    promised: tuple[int, ...] = (1,)
     if fault.kind == "SIGKILL":
-        promised = lambda code: code == -signal.SIGKILL
+        promised = (-signal.SIGKILL,)
     elif fault.kind.startswith("SIGTERM"):
-        promised = lambda code: code in SIGTERM_CODES
-    else:
-        promised = lambda code: code == 1
+        promised = SIGTERM_CODES
     if fault.place.startswith("end"):  # the others may be through
         hit = [0]
-    problems = [f"rank {rank} exited with {codes[rank]} at {fault.kind}" for rank in hit if not promised(codes[rank])]
+    problems = [f"rank {rank} exited with {codes[rank]} at {fault.kind}" for rank in hit if codes[rank] not in promised]
     if 0 in codes and fault.kind != "SIGKILL" and not fault.place.startswith("end"):
         problems.append(f"exit codes {codes}: not all ranks failed at {fault.kind}")
     return problems

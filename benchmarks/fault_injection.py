@@ -1,7 +1,8 @@
-"""Faults on purpose: processes of the real command line that are signalled, starved of disk or fed NaN at chosen places."""
+"""Faults on purpose: processes of the command line that are signalled, starved of disk or fed NaN at chosen places."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
 import functools
@@ -46,8 +47,8 @@ PLACES = (
 )
 """Where a fault can be put; in the order in which a run comes by."""
 
-RANK_ZERO_PLACES = ("step: metrics written", "end: before results.json")
-"""Where only the first rank comes by; what it does to the others it does to them wherever they are."""
+RANK_ZERO_PLACES = tuple(place for place in PLACES if place.startswith(("step: metrics", "checkpoint", "end")))
+"""Where only the first rank comes by; what hits the others hits them wherever they are then."""
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,9 @@ def _child(
     os.dup2(descriptor, 2)
     faulthandler.dump_traceback_later(stacks_after, file=2)
     pids[8 * rank : 8 * rank + 8] = struct.pack("q", os.getpid())
-    if fault is not None and fault.place != "any time" and (fault.rank in (rank, ALL)):
-        hits_all = fault.rank == ALL and fault.place in RANK_ZERO_PLACES or fault.place.startswith("checkpoint")
-        _put(fault, lambda: _happen(fault, pids if hits_all and fault.rank == ALL else None, args))
+    if fault is not None and fault.place != "any time" and fault.rank in (rank, ALL):
+        comes_alone = fault.place in RANK_ZERO_PLACES
+        _put(fault, lambda: _happen(fault, pids if comes_alone and fault.rank == ALL else None, args))
     cli.main(args)
 
 
@@ -174,11 +175,20 @@ def _happen(fault: Fault, pids: mmap.mmap | None, args: list[str]) -> None:
         return
     number = signal.SIGKILL if fault.kind == "SIGKILL" else signal.SIGTERM
     everyone = [] if pids is None else list(struct.unpack(f"{len(pids) // 8}q", pids[:]))
-    for pid in [pid for pid in everyone if pid != os.getpid()] + [os.getpid()]:
-        if fault.kind == "SIGTERM to the group":
-            os.killpg(pid, number)
-        else:
-            os.kill(pid, number)
+    others = [pid for pid in everyone if pid not in (0, os.getpid())]
+    if fault.kind != "SIGTERM to the group":
+        for pid in [*others, os.getpid()]:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, number)
+        return
+    sender = os.fork()  # as from a scheduler: not from the parent of the data workers
+    if sender == 0:
+        os.setsid()
+        for pid in [*others, os.getppid()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+        os._exit(0)
+    os.waitpid(sender, 0)
 
 
 def _put(fault: Fault, happen: Callable[[], None]) -> None:

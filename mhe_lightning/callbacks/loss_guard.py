@@ -33,7 +33,7 @@ class LossGuard(Callback):
 
     "stop" ends the run. On a GPU it looks when a step is logged and before a checkpoint, so that the steps between do
     not wait for the device. "skip" leaves the weights and the optimizer's state as they are, counts the step, and adds
-    its rows to ``skipped.jsonl``; on a GPU every step waits for the device. More than 10 bad steps in a row end the run.
+    its rows to ``skipped.jsonl``; on a GPU every step waits for the device. More than 10 bad steps in a row stop it.
 
     Args:
         on_bad_loss: "stop" or "skip".
