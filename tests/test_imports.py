@@ -17,7 +17,7 @@ ALLOWED = {
     "distributed": {"attention", "deferred"},
     "extras": set(),
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "metrics": {"metrics", "extras"},
     "sharded_checkpoint": {"files"},
     "checkpoint": {"files", "sharded_checkpoint"},

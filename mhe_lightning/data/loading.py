@@ -56,7 +56,7 @@ def _await_parents_signal() -> None:
 
 def dead_worker(error: BaseException) -> str | None:
     """What to tell of an error that PyTorch raises when a data worker has died; None for any other."""
-    text = str(error)
+    text = f"{error} {error.__cause__}"  # that a worker was killed may be the cause of its having "exited unexpectedly"
     killed = re.search(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]*)", text)
     gone = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) exited unexpectedly", text)
     if killed is not None:
