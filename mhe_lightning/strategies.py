@@ -100,7 +100,9 @@ class Sharded(ModelParallelStrategy):
             raise TypeError(f"{type(self).__name__} takes no storage_options ({storage_options})")
         self.finish_saving()
         path = Path(self.broadcast(filepath))
-        self._writing = sharded_checkpoint.save(checkpoint, path, self._group, wait=not self.asynchronous_checkpoints)
+        self._writing = sharded_checkpoint.save(
+            checkpoint, path, self._group, ties=self._ties(), wait=not self.asynchronous_checkpoints
+        )
 
     def _ties(self) -> dict[str, str]:
         """The names of parameters that are others too → the first name of each."""
