@@ -55,6 +55,9 @@ TIME_LIMIT = 120.0
 ALONE = 15.0
 """Seconds in which the other ranks must end by themselves once one has failed."""
 
+JOINED = "All distributed processes registered"
+"""What Lightning says when all ranks are there."""
+
 SIGTERM_CODES = (143, -signal.SIGTERM)
 DAMAGES = ("cut short", "byte flipped", "checksum changed", "checksum lost", "empty")
 SHAPES = ((1, 0), (1, 2), (2, 0), (2, 1))
@@ -100,7 +103,7 @@ class Campaign:
     def run(self, number: int) -> dict[str, Any]:
         """Run ``number`` with its faults, and what was found."""
         draw = random.Random(f"{self.seed}-{number}")
-        ranks, workers = draw.choice(SHAPES)
+        ranks, workers = draw.choice([shape for shape in SHAPES if self.overlay is None or shape[0] > 1])
         expected, usual = self.reference(ranks, workers)
         name = f"run{number:04d}"
         with self._root(name) as root:
@@ -175,14 +178,14 @@ class Campaign:
         args += ["--data.num_workers", str(workers), "--trainer.default_root_dir", str(root)]
         begun = time.monotonic()
         processes = start(args, ranks=ranks, log=log, fault=fault, stacks_after=TIME_LIMIT - 20)
-        problems = _watch(processes, fault)
+        problems = _watch(processes, fault, log)
         seconds = time.monotonic() - begun
-        text = log.read_text(encoding="utf-8", errors="replace")[before:]
+        text = _tail(log, before)
         (root / "filler").unlink(missing_ok=True)
         told = re.findall(r"going on from .*step=(\d+)", text)
         went_on_from = int(told[-1]) if told else -1
         attempt = Attempt(fault, damaged, processes.codes, seconds, went_on_from, reached(root / name), problems)
-        problems += _wrong_codes(attempt)
+        problems += _wrong_codes(attempt, joined=JOINED in text)
         if told and went_on_from != whole:
             problems.append(f"went on from step {went_on_from}, the newest whole checkpoint is of step {whole}")
         allowed = EVERY * (2 if damaged else 1)
@@ -196,7 +199,7 @@ class Campaign:
 
     def _start(self, *args: str) -> Processes:
         processes = start(args, ranks=1, log=self.work / "log", fault=None)
-        _watch(processes, None)
+        _watch(processes, None, self.work / "log")
         return processes
 
     def _compare(self, root: Path, name: str, expected: dict[str, Any]) -> list[str]:
@@ -220,12 +223,12 @@ class Campaign:
 
 
 def harm(path: Path, kind: str, draw: random.Random) -> None:
-    """Damage a checkpoint: a file, or of a folder the first large file in it."""
+    """Damage a checkpoint; of a folder its largest file, or the manifest with the checksums."""
+    checksum = path / "manifest.json" if path.is_dir() else path.with_name(path.name + ".sha256")
     if path.is_dir():
-        path = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: (p.stat().st_size, p.name))
+        path = max((file for file in path.iterdir() if file != checksum), key=lambda file: file.stat().st_size)
     data = bytearray(path.read_bytes())
-    checksum = path.with_name(path.name + ".sha256")
-    if kind == "cut short" or not checksum.exists():
+    if kind == "cut short":
         path.write_bytes(data[: draw.randrange(1, len(data))])
     elif kind == "byte flipped":
         data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
@@ -236,7 +239,10 @@ def harm(path: Path, kind: str, draw: random.Random) -> None:
         checksum.unlink()
     else:
         text = checksum.read_text(encoding="utf-8")
-        checksum.write_text(("0" if text[0] != "0" else "1") + text[1:], encoding="utf-8")
+        place = re.search(r"[0-9a-f]{64}", text)
+        assert place is not None
+        digit = "1" if text[place.start()] == "0" else "0"
+        checksum.write_text(text[: place.start()] + digit + text[place.start() + 1 :], encoding="utf-8")
 
 
 def draw_faults(draw: random.Random, ranks: int, workers: int, usual: float) -> list[Fault]:
@@ -271,9 +277,14 @@ def _draw_fault(draw: random.Random, kind: str, ranks: int, usual: float) -> Fau
 # Watching and judging
 
 
-def _watch(processes: Processes, fault: Fault | None) -> list[str]:
-    """Wait for the end as torchrun does, and what was wrong with it."""
+def _watch(processes: Processes, fault: Fault | None, log: Path) -> list[str]:
+    """Wait for the end as torchrun does, and what was wrong with it.
+
+    Ranks that wait for one that is lost before it has joined them are ended here, as their launcher does; later they
+    have to end by themselves.
+    """
     problems = []
+    log_before = log.stat().st_size if log.exists() else 0
     failed_at: float | None = None
     told = False
     while None in processes.codes:
@@ -285,9 +296,11 @@ def _watch(processes: Processes, fault: Fault | None) -> list[str]:
             told = True
         if failed_at is None and any(code not in (None, 0) for code in processes.codes):
             failed_at = now
+        if failed_at is not None and now - failed_at > 1 and JOINED not in _tail(log, log_before):
+            processes.send(signal.SIGKILL, ALL, group=True)
+            failed_at = math.inf
         if failed_at is not None and now - failed_at > ALONE:
-            if not _waits_for_peers(fault):
-                problems.append(f"rank {processes.codes.index(None)} waited for the one that had failed")
+            problems.append(f"rank {processes.codes.index(None)} waited for the one that had failed")
             processes.send(signal.SIGKILL, ALL, group=True)
             failed_at = math.inf
         if now - processes.begun > TIME_LIMIT:
@@ -306,12 +319,13 @@ def _watch(processes: Processes, fault: Fault | None) -> list[str]:
     return problems
 
 
-def _waits_for_peers(fault: Fault | None) -> bool:
-    """Whether others wait for a rank that is lost before it has joined them: their launcher has to end them."""
-    return fault is not None and (fault.place == "any time" or fault.place.startswith("start-up"))
+def _tail(file: Path, start: int) -> str:
+    with open(file, "rb") as stream:
+        stream.seek(start)
+        return stream.read().decode(errors="replace")
 
 
-def _wrong_codes(attempt: Attempt) -> list[str]:
+def _wrong_codes(attempt: Attempt, joined: bool) -> list[str]:
     fault, codes = attempt.fault, attempt.codes
     if fault is None:
         return [] if set(codes) == {0} else [f"exit codes {codes} without a fault"]
@@ -322,7 +336,8 @@ def _wrong_codes(attempt: Attempt) -> list[str]:
     if fault.kind == "SIGKILL":
         promised = (-signal.SIGKILL,)
     elif fault.kind.startswith("SIGTERM"):
-        promised = SIGTERM_CODES
+        # while ranks join, they hear a signal when all are there: until then the launcher has to end them
+        promised = SIGTERM_CODES if joined else (*SIGTERM_CODES, -signal.SIGKILL)
     if fault.place.startswith("end"):  # the others may be through
         hit = [0]
     problems = [f"rank {rank} exited with {codes[rank]} at {fault.kind}" for rank in hit if codes[rank] not in promised]

@@ -10,6 +10,7 @@ import io
 import mmap
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -220,11 +221,14 @@ def _put(fault: Fault, happen: Callable[[], None]) -> None:
         case "checkpoint: half written":
             _halve(passing)
         case "checkpoint: before its rename":
-            _before(os, "replace", passing, lambda source, target: str(target).endswith(".ckpt"))
+            for rename in ("replace", "rename"):  # of a file, of the folder of a sharded one
+                _before(os, rename, passing, lambda source, target: str(target).endswith(".ckpt"))
         case "checkpoint: before its checksum":
             _after(os, "replace", passing, lambda source, target: str(target).endswith(".ckpt"))
+            _before(os, "replace", passing, lambda source, target: str(target).endswith("manifest.json"))
         case "checkpoint: old one half removed":
             _before(Path, "unlink", passing, lambda path, **_: path.suffix == ".ckpt")
+            _before(shutil, "rmtree", passing, lambda path, **_: str(path).endswith(".ckpt.tmp") and path.exists())
         case "end: before results.json":
             _before(os, "replace", passing, lambda source, target: str(target).endswith("results.json"))
         case _:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import prepare as prepare_corpus
 from mhe_lightning.data import verified
 from mhe_lightning.data.verified import STAMP, damaged_file
 from mhe_lightning.files import sha256
