@@ -33,9 +33,10 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ import yaml
 from common import machine
 from fault_injection import ALL, PLACES, Fault, Processes, start
 
-from mhe_lightning.callbacks.run_record import versions
+from mhe_lightning.callbacks.run_record import git_commit, versions
 from mhe_lightning.checkpoint import checkpoints_in, damage, read_checkpoint, step_of
 
 STEPS = 24
@@ -89,6 +90,7 @@ class Campaign:
     def __init__(self, work: Path, seed: int, overlay: Path | None) -> None:
         self.work = work.resolve()
         self.seed = seed
+        self.commit = git_commit()
         self.overlay = overlay
         self.config = self.work / "config.yaml"
         self.work.mkdir(parents=True, exist_ok=True)
@@ -104,14 +106,36 @@ class Campaign:
         """Run ``number`` with its faults, and what was found."""
         draw = random.Random(f"{self.seed}-{number}")
         ranks, workers = draw.choice([shape for shape in SHAPES if self.overlay is None or shape[0] > 1])
-        expected, usual = self.reference(ranks, workers)
-        name = f"run{number:04d}"
+        _, usual = self.reference(ranks, workers)
+        faults = draw_faults(draw, ranks, workers, usual)
+        damages = [None, *(draw.choice(DAMAGES) if draw.random() < 0.25 else None for _ in faults)]
+        return {"run": number, **self.undergo(f"run{number:04d}", ranks, workers, faults, damages, draw)}
+
+    def undergo(
+        self,
+        name: str,
+        ranks: int,
+        workers: int,
+        faults: Sequence[Fault],
+        damages: Sequence[str | None] = (),
+        draw: random.Random | None = None,
+    ) -> dict[str, Any]:
+        """A run with these faults, and what was found.
+
+        Args:
+            name: of the run.
+            ranks: its processes.
+            workers: the data workers of each.
+            faults: one for each attempt; one more is made without.
+            damages: before each attempt what is done to the newest checkpoint, of `DAMAGES` or None.
+            draw: where files are damaged.
+        """
+        draw = draw or random.Random(name)
+        expected, _ = self.reference(ranks, workers)
+        attempts: list[Attempt] = []
         with self._root(name) as root:
-            attempts: list[Attempt] = []
-            for fault in [*draw_faults(draw, ranks, workers, usual), None]:
-                damaged = None
-                if attempts and fault is not None and draw.random() < 0.25:
-                    damaged = self._damage(root / name, draw)
+            for fault, damage_to in zip_longest([*faults, None], damages[: len(faults) + 1]):
+                damaged = self._damage(root / name, damage_to, draw) if damage_to else None
                 attempts.append(self._attempt(name, root, ranks, workers, fault, damaged))
                 if attempts[-1].codes == [0] * ranks:
                     break
@@ -124,13 +148,8 @@ class Campaign:
                 kept = self.work / "failed" / name
                 shutil.rmtree(kept, ignore_errors=True)
                 shutil.copytree(root, kept)
-        return {
-            "run": number,
-            "ranks": ranks,
-            "workers": workers,
-            "attempts": [asdict(attempt) for attempt in attempts],
-            "problems": problems,
-        }
+        attempted = [asdict(attempt) for attempt in attempts]
+        return {"ranks": ranks, "workers": workers, "attempts": attempted, "problems": problems, "commit": self.commit}
 
     def reference(self, ranks: int, workers: int) -> tuple[dict[str, Any], float]:
         """What a run without faults leaves, and the seconds that it takes."""
@@ -212,12 +231,11 @@ class Campaign:
             problems.append(f"left unfinished: {unfinished}")
         return problems
 
-    def _damage(self, folder: Path, draw: random.Random) -> str | None:
-        """Damage the newest checkpoint, unless it is the only whole one."""
+    def _damage(self, folder: Path, kind: str, draw: random.Random) -> str | None:
+        """Damage the newest checkpoint, unless it is the only whole one; what was done."""
         whole = [path for path in checkpoints_in(folder / "checkpoints") if damage(path) is None]
         if len(whole) < 2:
             return None
-        kind = draw.choice(DAMAGES)
         harm(whole[-1], kind, draw)
         return kind
 
@@ -494,6 +512,7 @@ def main() -> None:
             "settings": {k: str(v) for k, v in vars(options).items() if k not in ("out", "work")},
             "machine": machine(),
             "versions": versions(),
+            "commits": sorted({str(run.get("commit")) for run in runs}),
             "runs": len(runs),
             "runs_with_problems": wrong,
             "table": table,
