@@ -7,6 +7,7 @@ import errno
 import faulthandler
 import functools
 import io
+import logging
 import mmap
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -157,6 +159,11 @@ def _child(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(logger).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setStream(sys.stderr)
     faulthandler.dump_traceback_later(stacks_after, file=2)
     pids[8 * rank : 8 * rank + 8] = struct.pack("q", os.getpid())
     if fault is not None and fault.place != "any time" and fault.rank in (rank, ALL):

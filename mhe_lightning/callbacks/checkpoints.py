@@ -12,7 +12,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mhe_lightning.checkpoint import SUFFIX, checkpoints_in, damage, remove_checkpoint, remove_unfinished, set_aside, step_of
+from mhe_lightning.checkpoint import (
+    SUFFIX,
+    checkpoints_in,
+    damage,
+    remove_checkpoint,
+    remove_unfinished,
+    set_aside,
+    step_of,
+)
 from mhe_lightning.distributed import new_control_group
 from mhe_lightning.signals import END_SIGNALS
 from mhe_lightning.strategies import Sharded
