@@ -16,6 +16,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from conftest import logged, prepare
+from mhe_lightning import run as run_folder
 from mhe_lightning.checkpoint import AtomicCheckpointIO, damage, newest_checkpoint
 from mhe_lightning.errors import RunError
 from mhe_lightning.files import write_text
@@ -177,3 +178,28 @@ class FillDisk(Callback):
                 while True:
                     file.write(bytes(4096))
             file.truncate(max(0, file.tell() - self.free))
+
+
+# What is left behind
+
+
+def test_what_a_killed_process_was_writing_is_removed_when_its_run_goes_on(tmp_path):
+    unfinished = tmp_path / ".results.json.host-123.tmp"
+    unfinished.write_text("{")
+    (tmp_path / "results.json").write_text("{}")
+    run_folder.lock(tmp_path).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [run_folder.LOCK, "results.json"]
+
+
+def test_damaged_checkpoints_do_not_add_up(tiny_config, tmp_path):
+    path = tiny_config(trainer={"max_steps": 8})
+    prepare(yaml.safe_load(path.read_text()))
+    assert run(["fit", "--config", str(path)]) == [0]
+    folder = tmp_path / "runs/tiny/checkpoints"
+    newest = newest_checkpoint(folder)
+    newest.write_bytes(newest.read_bytes()[:-100])
+
+    assert run(["fit", "--config", str(path), "--ckpt_path", "auto"]) == [0]
+
+    assert newest_checkpoint(folder) == newest
+    assert not (folder / "superseded").exists()
