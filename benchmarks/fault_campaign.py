@@ -60,6 +60,9 @@ JOINED = "All distributed processes registered"
 """What Lightning says when all ranks are there."""
 
 SIGTERM_CODES = (143, -signal.SIGTERM)
+COUNTED = ("put", "struck", "most_steps_lost", "problems")
+"""Columns of the table: how often a fault was put there, how often it ended an attempt, and what followed."""
+
 DAMAGES = ("cut short", "byte flipped", "checksum changed", "checksum lost", "empty")
 SHAPES = ((1, 0), (1, 2), (2, 0), (2, 1))
 """(ranks, data workers of each)"""
@@ -75,6 +78,7 @@ class Attempt:
     seconds: float
     went_on_from: int
     reached: int
+    trained: bool
     problems: list[str] = field(default_factory=list)
 
 
@@ -195,6 +199,7 @@ class Campaign:
             args += ["--trainer.strategy", "ddp"]
         args += ["--name", name, "--ckpt_path", "auto", "--trainer.devices", str(ranks)]
         args += ["--data.num_workers", str(workers), "--trainer.default_root_dir", str(root)]
+        metrics_before = _changed(root / name / "metrics.csv")
         begun = time.monotonic()
         processes = start(args, ranks=ranks, log=log, fault=fault, stacks_after=TIME_LIMIT - 20)
         problems = _watch(processes, fault, log)
@@ -203,7 +208,10 @@ class Campaign:
         (root / "filler").unlink(missing_ok=True)
         told = re.findall(r"going on from .*step=(\d+)", text)
         went_on_from = int(told[-1]) if told else -1
-        attempt = Attempt(fault, damaged, processes.codes, seconds, went_on_from, reached(root / name), problems)
+        trained = _changed(root / name / "metrics.csv") != metrics_before
+        attempt = Attempt(
+            fault, damaged, processes.codes, seconds, went_on_from, reached(root / name), trained, problems
+        )
         problems += _wrong_codes(attempt, joined=JOINED in text)
         if told and went_on_from != whole:
             problems.append(f"went on from step {went_on_from}, the newest whole checkpoint is of step {whole}")
@@ -211,7 +219,7 @@ class Campaign:
         allowed = EVERY * (1 + (damaged is not None) + (self.overlay is not None))
         if told and was_at - went_on_from > allowed:
             problems.append(f"went on from step {went_on_from}, but step {was_at} had been reached")
-        if fault is not None and fault.kind.startswith("SIGTERM") and processes.codes == [143] * ranks:
+        if trained and fault is not None and fault.kind.startswith("SIGTERM") and processes.codes == [143] * ranks:
             saved = newest_whole(root / name)
             if saved != attempt.reached:
                 problems.append(f"SIGTERM lost steps: {saved} is saved of {attempt.reached}")
@@ -280,7 +288,10 @@ def _draw_fault(draw: random.Random, kind: str, ranks: int, usual: float) -> Fau
         return Fault(kind, "step: before the optimizer", draw.randint(1, STEPS // 2), rank=draw.randrange(ranks))
     if kind == "dead data worker":
         place = draw.choice(("step: before the optimizer", "validation"))
-        return Fault(kind, place, draw.randint(1, STEPS // 2), rank=draw.randrange(ranks))
+        nth = draw.randint(1, STEPS // 2)
+        if place == "validation":  # a batch each, and at the third the workers are not needed any more
+            nth = 1 + nth % 2
+        return Fault(kind, place, nth, rank=draw.randrange(ranks))
     if kind == "full disk":
         free = draw.choice((0, 4096, 20_000, 60_000, 100_000))
         place = draw.choice(("step: before the optimizer", "start-up: before the first batch", "validation"))
@@ -376,6 +387,11 @@ def reached(folder: Path) -> int:
     return max((int(row["step"]) for row in _metrics(folder)), default=-1)
 
 
+def _changed(file: Path) -> int:
+    """When a file was changed, 0 if there is none."""
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
 def content(folder: Path) -> dict[str, Any]:
     """What must not depend on faults: metrics, the names of the checkpoints, and what the newest holds."""
     paths = checkpoints_in(folder / "checkpoints")
@@ -457,24 +473,28 @@ def _config(work: Path) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each fault and place: how many there were, what they did, and what they cost."""
+    """A row for each fault and place: how often it was put and struck, what it cost, and what was wrong."""
     rows: defaultdict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     most: Counter[tuple[str, str]] = Counter()
     for run in runs:
-        for attempt, after in zip(run["attempts"], [*run["attempts"][1:], None], strict=True):
+        attempts = run["attempts"]
+        for number, attempt in enumerate(attempts):
+            if attempt["damaged"]:
+                rows["damaged checkpoint", attempt["damaged"]].update({"put": 1, "struck": 1})
             if attempt["fault"] is None:
                 continue
             key = attempt["fault"]["kind"], attempt["fault"]["place"]
             struck = set(attempt["codes"]) != {0}
             rows[key].update({"put": 1, "struck": int(struck), "problems": len(attempt["problems"])})
-            if struck and after is not None:
-                if after["damaged"]:
-                    damaged = "damaged checkpoint", after["damaged"]
-                    rows[damaged].update({"put": 1, "struck": 1, "problems": len(after["problems"])})
-                    key = damaged
-                most[key] = max(most[key], attempt["reached"] - max(after["went_on_from"], 0))
+            if struck and attempt["trained"]:
+                # the next that got so far as to say where it goes on; none, where it began anew
+                later = next((a for a in attempts[number + 1 :] if a["went_on_from"] >= 0 or a["trained"]), None)
+                if later is not None:
+                    cost = "damaged checkpoint", later["damaged"]
+                    cost = cost if later["damaged"] else key
+                    most[cost] = max(most[cost], attempt["reached"] - max(later["went_on_from"], 0))
     return [
-        {"fault": kind, "place": place, **counts, "most_steps_lost": most[kind, place]}
+        {"fault": kind, "place": place, "problems": 0, **counts, "most_steps_lost": max(most[kind, place], 0)}
         for (kind, place), counts in sorted(rows.items())
     ]
 
@@ -485,7 +505,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--overlay", type=Path, default=None, help="a config over the tiny one, such as a strategy's")
-    parser.add_argument("--work", type=Path, default=Path("fault_campaign"))
+    parser.add_argument("--work", type=Path, default=Path("fault_campaign"), help="folder of runs; what it has is kept")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args()
     campaign = Campaign(options.work, options.seed, options.overlay)
@@ -502,24 +522,35 @@ def main() -> None:
             f"{a['fault']['kind']} ({a['fault']['place']}) → {a['codes']}" for a in run["attempts"] if a["fault"]
         )
         print(f"run {number}: {run['ranks']}×{run['workers']} {faults}: {run['problems'] or 'as without'}", flush=True)
-    table = summary(runs)
-    for row in table:
-        print(row)
+    _report(runs, options)
+    sys.exit(1 if any(run["problems"] for run in runs) else 0)
+
+
+def _report(runs: list[dict[str, Any]], options: argparse.Namespace) -> None:
     wrong = [run["run"] for run in runs if run["problems"]]
-    print(f"{len(runs)} runs, {len(wrong)} with problems: {wrong}")
-    if options.out is not None:
-        facts = {
-            "date": datetime.date.today().isoformat(),
-            "settings": {k: str(v) for k, v in vars(options).items() if k not in ("out", "work")},
-            "machine": machine(),
-            "versions": versions(),
-            "commits": sorted({str(run.get("commit")) for run in runs}),
-            "runs": len(runs),
-            "runs_with_problems": wrong,
-            "table": table,
-        }
-        options.out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    sys.exit(1 if wrong else 0)
+    attempts = [attempt for run in runs for attempt in run["attempts"]]
+    table = summary(runs)
+    print("| fault | where | put | struck | most steps lost | problems |\n|---|---|--:|--:|--:|--:|")
+    for row in table:
+        print("| " + " | ".join(str(row[key]) for key in ("fault", "place", *COUNTED)) + " |")
+    print(f"{len(runs)} runs, {len(attempts)} attempts, {len(wrong)} runs with problems: {wrong}")
+    if options.out is None:
+        return
+    facts = {
+        "date": datetime.date.today().isoformat(),
+        "settings": {"seed": options.seed, "overlay": None if options.overlay is None else str(options.overlay)},
+        "commits": sorted({str(run["commit"]) for run in runs}),
+        "versions": versions(),
+        "runs": len(runs),
+        "attempts": len(attempts),
+        "by_ranks_and_workers": {
+            f"{ranks} × {workers}": sum((run["ranks"], run["workers"]) == (ranks, workers) for run in runs)
+            for ranks, workers in SHAPES
+        },
+        "runs_with_problems": wrong,
+        "table": table,
+    }
+    options.out.write_text(json.dumps({"machine": machine(), **facts}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
