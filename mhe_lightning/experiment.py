@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from mhe_lightning.callbacks import AverageCheckpoints, Checkpoints, Samples
+from mhe_lightning.callbacks import AverageCheckpoints, Checkpoints, LossGuard, Samples
 from mhe_lightning.parsing import Parser
 from mhe_lightning.tasks import Task
 
@@ -56,6 +56,7 @@ class ExperimentCLI(LightningCLI):
             "its tokenizer, where data.tokenizer is not set.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(LossGuard, "guard")
         parser.add_lightning_class_args(AverageCheckpoints, "averaging")
         parser.add_lightning_class_args(Samples, "samples")
         parser.link_arguments("data.vocab_size", "model.init_args.net.init_args.vocab_size", apply_on="instantiate")

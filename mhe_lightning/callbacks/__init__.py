@@ -3,6 +3,7 @@
 from mhe_lightning.callbacks.average import AverageCheckpoints
 from mhe_lightning.callbacks.checkpoints import Checkpoints
 from mhe_lightning.callbacks.exact_resume import ExactResume
+from mhe_lightning.callbacks.loss_guard import LossGuard
 from mhe_lightning.callbacks.metrics_csv import MetricsCSV
 from mhe_lightning.callbacks.predictions import Predictions
 from mhe_lightning.callbacks.progress import PlainProgress
@@ -14,6 +15,7 @@ __all__ = [
     "AverageCheckpoints",
     "Checkpoints",
     "ExactResume",
+    "LossGuard",
     "MetricsCSV",
     "PlainProgress",
     "Predictions",

@@ -40,9 +40,10 @@ from mhe_lightning.checkpoint import (
     run_of,
 )
 from mhe_lightning.data import ExactDataModule
+from mhe_lightning.data.loading import dead_worker
 from mhe_lightning.data.tokenizer import tokenizer_hash
 from mhe_lightning.deferred import Deferred
-from mhe_lightning.errors import UserError
+from mhe_lightning.errors import RunError, UserError
 from mhe_lightning.experiment import ExperimentCLI, class_of
 from mhe_lightning.files import write_text
 from mhe_lightning.parsing import as_user_error, data_module
@@ -68,6 +69,8 @@ def main(verb: str, args: list[str]) -> None:
             raise KeyboardInterrupt from error
         raise
     except (MisconfigurationException, ValueError, RuntimeError, ModuleNotFoundError) as error:
+        if told := dead_worker(error):
+            raise RunError(f"rank {_rank()}: {told}") from error
         raise as_user_error(error) or error from error
 
 
