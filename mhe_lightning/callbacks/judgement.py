@@ -110,7 +110,7 @@ class Judge:
         if others:
             first = next(iter(others.values()))
             told = "; ".join(f"{_name(rank, sign)} has been {_at(sign)} {seconds}" for rank, sign in _some(behind))
-            return Verdict("hung", tuple(behind), f"{told}; the others wait for it in {first['position']}")
+            return Verdict("hung", tuple(behind), f"{told}; the others wait {_at(first)}")
         groups: dict[str, list[int]] = defaultdict(list)
         for rank, sign in running.items():
             groups[_at(sign)].append(rank)
@@ -129,7 +129,7 @@ def _name(rank: int, sign: Mapping[str, Any]) -> str:
 
 
 def _at(sign: Mapping[str, Any]) -> str:
-    return f"in {sign['position']} (at {sign['where']})"
+    return f"in {sign['position']} ({sign['where']})"
 
 
 def _some(signs: dict[int, dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:

@@ -38,7 +38,7 @@ class RankLogs(Callback):
         path = log_path(Path(trainer.default_root_dir), trainer.global_rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         # open until the process ends: what goes wrong after training is told, too
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         handler = self._handler = logging.StreamHandler(self._file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         who = f"rank {trainer.global_rank} of {trainer.world_size}, host {socket.gethostname()}, process {os.getpid()}"

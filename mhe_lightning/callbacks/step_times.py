@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from mhe_lightning.callbacks.actions import actions_of
 from mhe_lightning.callbacks.run_record import update_results
 from mhe_lightning.callbacks.steps import is_logged
 from mhe_lightning.distributed import new_control_group
@@ -35,7 +34,7 @@ class Times:
 
     Args:
         data: waiting for the batch.
-        forward: of the forward pass, from the batch on the device to its loss.
+        forward: of the forward pass, from the net's first layer to the loss.
         whole: of the micro-batch with its data, its backward pass and its share of the optimizer's.
     """
 
@@ -57,7 +56,8 @@ class StepTimes(Callback):
     pass, which come before any communication under data parallelism (the backward pass waits for the others, so it is
     equally long everywhere; with sharded weights the forward pass does so, too, and only waits for data differ).
     At logged steps the processes exchange their times; in the steps between, no device is waited for. `results.json`
-    has the share of the whole run, and how often each process was the straggler, by cause.
+    has the share of the whole run, and how often each process was the straggler, by cause. Only what is so at two
+    logged steps in a row is reported.
 
     Args:
         straggler_percent: how many per cent above the median a process is a straggler.
@@ -75,6 +75,8 @@ class StepTimes(Callback):
         self.stragglers: Counter[str] = Counter()
         self._last_line = -SECONDS_BETWEEN_LINES
         self._step_before = 0
+        self._forward_due = False
+        self._found: tuple[int, str, str] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"data_seconds": self.data_seconds, "seconds": self.seconds, "stragglers": dict(self.stragglers)}
@@ -83,28 +85,27 @@ class StepTimes(Callback):
         self.data_seconds, self.seconds = state_dict["data_seconds"], state_dict["seconds"]
         self.stragglers = Counter(state_dict["stragglers"])
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == TrainerFn.FITTING:
-            self._inner: Profiler = trainer.profiler  # type: ignore[attr-defined] # set by Lightning's own set-up
-            self._fetches = _FetchClock(self._inner)
-            trainer.profiler = self._fetches  # type: ignore[attr-defined]
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == TrainerFn.FITTING:
-            trainer.profiler = self._inner  # type: ignore[attr-defined]
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._group = new_control_group()
+        self._data = 0.0
         self._forward = _Stopwatch(pl_module.device)
         self._restart()
+        actions_of(trainer).listeners.append(self._on_action)
+        # not from the hook before the batch: data parallelism begins its forward pass by sending around buffers
+        self._hook = pl_module.net.register_forward_pre_hook(self._on_forward)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        actions_of(trainer).listeners.remove(self._on_action)
+        self._hook.remove()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
         self._begun = time.perf_counter()
-        self._forward.start()
+        self._forward_due = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        self._forward.stop()
+        if not self._forward_due:
+            self._forward.stop()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -127,23 +128,33 @@ class StepTimes(Callback):
                 times["straggler_reports"] = dict(self.stragglers)
             update_results(Path(trainer.default_root_dir), {"step_times": times})
 
+    def _on_action(self, name: str, begins: bool) -> None:
+        if name == FETCH:
+            now = time.perf_counter()
+            self._data += -now if begins else now
+
+    def _on_forward(self, *_: Any) -> None:
+        if self._forward_due:
+            self._forward.start()
+            self._forward_due = False
+
     def _restart(self) -> None:
         self._batches = 0
         self._in_batches = 0.0
-        self._fetches.seconds = 0.0
+        self._data = 0.0
         self._forward.reset()
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = self._fetches.seconds
-        whole = data + self._in_batches
-        own = Times(*(seconds / self._batches for seconds in (data, self._forward.seconds(), whole)))
+        whole = self._data + self._in_batches
+        own = Times(*(seconds / self._batches for seconds in (self._data, self._forward.seconds(), whole)))
         ranks = exchange(own, self._group)
         longest = max(times.data / times.whole for times in ranks)
         pl_module.log("data_wait", longest)
         self.seconds += whole
         self.data_seconds += longest * whole
-        found = straggler(ranks, self.straggler_percent)
-        if found is None:
+        before, found = self._found, straggler(ranks, self.straggler_percent)
+        self._found = found
+        if found is None or before is None or found[0] != before[0]:  # once is chance
             return
         rank, cause, text = found
         self.stragglers[f"rank {rank}, {cause}"] += 1
@@ -183,42 +194,6 @@ def straggler(ranks: list[Times], percent: float) -> tuple[int, str, str] | None
         f"{1000 * forward:.1f} ms"
     )
     return rank, cause, text
-
-
-class _FetchClock(Profiler):
-    """Adds up the time for which the training loop waits for batches, and passes everything on.
-
-    The loop has no hook around that wait; and what else lies between two micro-batches' hooks (a checkpoint, a
-    validation, a logger) is not it.
-    """
-
-    def __init__(self, inner: Profiler) -> None:
-        super().__init__()
-        self._inner = inner
-        self.seconds = 0.0
-        self._begun = 0.0
-
-    def start(self, action_name: str) -> None:
-        self._inner.start(action_name)
-        if action_name == FETCH:
-            self._begun = time.perf_counter()
-
-    def stop(self, action_name: str) -> None:
-        if action_name == FETCH:
-            self.seconds += time.perf_counter() - self._begun
-        self._inner.stop(action_name)
-
-    def summary(self) -> str:
-        return self._inner.summary()
-
-    def describe(self) -> None:
-        self._inner.describe()
-
-    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
-        self._inner.setup(stage, local_rank, log_dir)
-
-    def teardown(self, stage: str | None) -> None:
-        self._inner.teardown(stage)
 
 
 class _Stopwatch:

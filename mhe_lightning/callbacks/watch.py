@@ -63,6 +63,7 @@ class Watch(threading.Thread):
         self._main = threading.get_ident()
         self._moves = 0
         self._position = "starting up"
+        self._actions: list[str] = []
         self._state: Literal["running", "failed", "collateral", "terminated", "ended"] = "running"
         self._text = ""
         self._stop_asked = threading.Event()
@@ -74,6 +75,19 @@ class Watch(threading.Thread):
         """The main thread has moved on to ``position``."""
         self._position = position
         self._moves += 1
+
+    def mark_micro_batch(self, number: int, position: str) -> None:
+        """As `mark`, at a place where ranks are equally far, whatever they did before: they evaluate different rows."""
+        self._moves = number << 20
+        self.mark(position)
+
+    def mark_action(self, name: str, begins: bool) -> None:
+        """The main thread begins to do something, or has done it."""
+        if begins:
+            self._actions.append(name)
+            self._moves += 1
+        elif self._actions:  # the first to end began before anyone listened
+            self._actions.pop()
 
     def fail(self, kind: Literal["failed", "collateral", "terminated"], text: str, seconds: float = 0.0) -> None:
         """The main thread ends with an error. The process ends soon after, also where the main thread gets stuck.
@@ -163,7 +177,7 @@ class Watch(threading.Thread):
             "name": self._title,
             "moves": self._moves,
             "position": self._position,
-            "where": _where(sys._current_frames().get(self._main)),
+            "where": ", ".join([*self._actions[-1:], _where(sys._current_frames().get(self._main))]),
             "state": self._state,
             "text": self._text,
         }

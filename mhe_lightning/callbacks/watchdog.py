@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from mhe_lightning.callbacks.actions import actions_of
 from mhe_lightning.callbacks.failures import described, is_collateral, is_out_of_memory
 from mhe_lightning.callbacks.heartbeats import Address, Hub, Line
 from mhe_lightning.callbacks.logs import log_path
@@ -56,6 +57,7 @@ class Watchdog(Callback):
             speaks=trainer.local_rank == 0,
         )
         self._watch.start()
+        actions_of(trainer).listeners.append(self._watch.mark_action)
 
     def _link(self, trainer: Trainer) -> Hub | Line | None:
         hub, address = None, None
@@ -78,6 +80,7 @@ class Watchdog(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._watch is not None:
+            actions_of(trainer).listeners.remove(self._watch.mark_action)
             self._watch.end()
             self._watch = None
 
@@ -115,7 +118,8 @@ class Watchdog(Callback):
         self._in_step(trainer, "before its data")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._in_step(trainer, "forward pass")
+        if self._watch is not None:
+            self._watch.mark_micro_batch(batch_idx + 1, f"step {trainer.global_step + 1}, forward pass")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
         self._in_step(trainer, "backward pass")
