@@ -65,7 +65,9 @@ class Judge:
         known = self._signs.get(rank, {})
         if message is None:
             if known.get("state") == "running":
-                self._trouble("gone", rank, f"{_name(rank, known)} is gone, in {known.get('position')}: {_GONE}")
+                self._trouble(
+                    "gone", rank, f"{_name(rank, known)} is gone, last seen in {known.get('position')}: {_GONE}"
+                )
             self._signs.pop(rank, None)
             return
         if message.get("moves") != known.get("moves"):

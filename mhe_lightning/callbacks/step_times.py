@@ -92,7 +92,7 @@ class StepTimes(Callback):
         self._restart()
         actions_of(trainer).listeners.append(self._on_action)
         # not from the hook before the batch: data parallelism begins its forward pass by sending around buffers
-        self._hook = pl_module.net.register_forward_pre_hook(self._on_forward)
+        self._hook = pl_module.net.register_forward_pre_hook(self._on_forward)  # type: ignore[union-attr]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         actions_of(trainer).listeners.remove(self._on_action)

@@ -32,7 +32,7 @@ class Ended:
 
 
 @pytest.fixture
-def fit(tiny_config, tmp_path):
+def fit(tiny_config, tmp_path, capfd):
     """Runs `fit` on some processes, one of which comes to grief, and waits until all are gone."""
 
     def start(
@@ -57,11 +57,13 @@ def fit(tiny_config, tmp_path):
         gone, _, _ = select.select([reading], [], [], 20)
         os.close(reading)
         assert gone, "a process is left running"
-        return Ended(codes, time.monotonic() - begun, log.read_text(), tmp_path / "runs" / "tiny")
+        seconds = time.monotonic() - begun
+        return Ended(codes, seconds, "".join((*capfd.readouterr(), log.read_text())), tmp_path / "runs" / "tiny")
 
     return start
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_named_and_all_end(fit, rank):
@@ -77,6 +79,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(fit, rank):
         assert "most recent call first" in ended.log(each), "where in Python each of them was"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_rank_that_holds_pythons_lock_ends_too(fit, monkeypatch):
     monkeypatch.setattr("mhe_lightning.callbacks.watch.LATEST", 5.0)
@@ -84,10 +87,11 @@ def test_a_rank_that_holds_pythons_lock_ends_too(fit, monkeypatch):
     ended = fit("sleep with the lock", "--watchdog.timeout_seconds=3")
 
     assert ended.codes == [1, 1]
-    assert re.search(r"rank 1 \(host .*\) has been in step 6", ended.log(0))
+    assert re.search(r"rank 1 \(host .*\) has been in .* for 3 s; the others wait in step 6", ended.log(0))
     assert "most recent call first" in ended.output
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_out_of_memory_on_one_rank_ends_all_with_the_remedy(fit):
     ended = fit("memory")
@@ -102,6 +106,7 @@ def test_out_of_memory_on_one_rank_ends_all_with_the_remedy(fit):
     assert f"{ended.folder / 'logs' / 'rank-0001.memory.csv'}" in ended.output
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_on_one_rank_ends_all_and_is_told_apart_from_what_follows_from_it(fit, rank):
@@ -115,6 +120,7 @@ def test_an_error_on_one_rank_ends_all_and_is_told_apart_from_what_follows_from_
     assert "Traceback" in ended.log(rank)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_is_missed(fit, rank):
@@ -123,9 +129,10 @@ def test_a_rank_that_is_killed_is_missed(fit, rank):
     assert ended.codes[rank] == -9
     assert ended.codes[1 - rank] == 1
     assert ended.seconds < 40
-    assert re.search(rf"rank {rank} \(.*\) is gone, in step 6, forward pass: killed, or crashed", ended.log(1 - rank))
+    assert re.search(rf"rank {rank} \(.*\) is gone, last seen in .*: killed, or crashed", ended.log(1 - rank))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_hang_in_the_validation_is_named(fit):
     ended = fit("sleep", "--watchdog.timeout_seconds=3", "--trainer.callbacks.evaluation=true", micro_batch=1)
@@ -134,6 +141,7 @@ def test_a_hang_in_the_validation_is_named(fit):
     assert re.search(r"rank 1 \(.*\) has been in the validation, after batch 0", ended.output), ended.output
 
 
+@pytest.mark.slow
 def test_a_hang_of_a_single_process_is_named(fit):
     ended = fit("sleep", "--watchdog.timeout_seconds=3", ranks=1, rank=0)
 
@@ -142,6 +150,7 @@ def test_a_hang_of_a_single_process_is_named(fit):
     assert "most recent call first" in ended.output
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_pauses_that_are_short_enough_and_an_end_alarm_nobody(fit):
     ended = fit("sleep", "--watchdog.timeout_seconds=3", micro_batch=1000)
