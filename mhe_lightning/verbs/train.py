@@ -6,10 +6,11 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import nn
 
 from mhe_lightning import run
 from mhe_lightning.accounting import parameters_by_part
@@ -40,12 +42,14 @@ from mhe_lightning.checkpoint import (
 )
 from mhe_lightning.data import ExactDataModule
 from mhe_lightning.data.tokenizer import tokenizer_hash
+from mhe_lightning.deferred import Deferred
 from mhe_lightning.errors import UserError
-from mhe_lightning.experiment import ExperimentCLI
+from mhe_lightning.experiment import ExperimentCLI, class_of
 from mhe_lightning.files import write_text
 from mhe_lightning.parsing import as_user_error, data_module
 from mhe_lightning.pretrained import load_pretrained, take_tokenizer
 from mhe_lightning.signals import END_SIGNALS, requeue, take_over
+from mhe_lightning.strategies import Sharded
 
 
 def main(verb: str, args: list[str]) -> None:
@@ -108,6 +112,21 @@ class TrainCLI(ExperimentCLI):
         take_tokenizer(options.data.init_args, begins_with)
         self._prepare_data(options)
         self._compare_with_checkpoint(options)
+
+    def instantiate_classes(self) -> None:
+        """Where a model is sharded, no process builds all of it: each fills its part when it is laid out."""
+        options = self.config[self.subcommand]
+        deferred = Deferred() if _is_sharded(options.trainer.strategy) and not self._begins_with_weights else None
+        if deferred is not None:
+            self._parser(self.subcommand).add_instantiator(_without_memory, nn.Module, subclasses=True)
+        with nullcontext() if deferred is None else deferred.recording():
+            super().instantiate_classes()
+        self.model.deferred = deferred
+
+    @property
+    def _begins_with_weights(self) -> bool:
+        options = self.config[self.subcommand]
+        return self.subcommand == "fit" and options.init_from is not None and options.ckpt_path is None
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's reads hyperparameters from the file, before anyone has checked it. Ours hold a config."""
@@ -192,10 +211,10 @@ class TrainCLI(ExperimentCLI):
     # Around the verbs
 
     def before_fit(self) -> None:
-        self._check_data()
+        self._check_run()
         options = self.config[self.subcommand]
         begun = None
-        if options.init_from is not None and options.ckpt_path is None:
+        if self._begins_with_weights:
             begun = load_pretrained(
                 self.model,
                 run_of(Path(options.init_from))[1],
@@ -212,8 +231,10 @@ class TrainCLI(ExperimentCLI):
             if tokenizer is not None and not (self.folder / run.TOKENIZER).is_file():
                 write_text(self.folder / run.TOKENIZER, tokenizer.to_str())
 
-    def _check_data(self) -> None:
+    def _check_run(self) -> None:
         """Find out what cannot train before an earlier run is set aside for it."""
+        if isinstance(self.trainer.strategy, Sharded):
+            _ = self.trainer.strategy.sizes
         positions = getattr(self.model.net, "max_length", None)
         for name in ("block_length", "max_length"):
             length = getattr(self.datamodule, name, None)
@@ -284,6 +305,15 @@ class TrainCLI(ExperimentCLI):
             print(f"predictions: {self.folder / PREDICTIONS}")
             for path in sorted((self.folder / SUBMISSION).glob("*")):
                 print(f"submission:  {path}")
+
+
+def _is_sharded(strategy: Any) -> bool:
+    return isinstance(strategy, Namespace) and issubclass(class_of(strategy.class_path), Sharded)
+
+
+def _without_memory(class_type: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return class_type(*args, **kwargs)
 
 
 def _check_trainer(options: Namespace) -> None:
