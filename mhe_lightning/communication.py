@@ -1,0 +1,307 @@
+"""What the processes of a training send each other in an optimizer step, in bytes.
+
+How the strategies communicate:
+
+* Data parallelism sums all gradients over the replicas, once a step, and sends the buffers of the first rank around.
+* FSDP2 shards the parameters of each block, and of all that is in no block (the root), over the processes of a shard
+  group. In each micro-batch a block's are gathered in the forward pass and again in the backward pass, the root's once;
+  gradients are summed and scattered. A parameter is split along its first dimension, rows being added until all
+  processes have as many: a matrix of 64 rows costs 1,024 processes as much as one of 1,024.
+* Hybrid sharding does so within a shard group, and sums each process's shard of the gradients over the replicas.
+* Tensor parallelism splits heads and feed-forward layers. Partial outputs are summed in the forward pass, and partial
+  gradients of their inputs in the backward pass. Heads that share their projections (MHE) have these on every process:
+  there the gradients of the shared queries, keys and values, of width d each, are summed instead of the input's, of
+  width n·d. A single head (SHA) is not split.
+
+Scalars that are summed now and then (the loss, the gradient's norm) are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mhe_lightning.attention import Attention
+from mhe_lightning.models.layers import FeedForward
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
+Group = Literal["replicas", "shards", "parts"]
+Pass = Literal["forward", "backward"]
+
+SHARES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}
+"""How often a collective over a ring of many processes has each send the whole tensor."""
+
+BUCKET = 25 * 2**20
+"""Bytes of gradients that data parallelism sums at once, torch's default."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How processes are arranged: replicas of shard groups of tensor-parallel parts, neighbouring ranks in one part group.
+
+    Args:
+        replicas: copies of the sharded model, or all processes of plain data parallelism.
+        shards: processes over which weights, gradients and the optimizer's state are spread; 1 is none.
+        parts: processes that share the heads and feed-forward layers of a copy; 1 is none.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    replicas: int = 1
+    shards: int = 1
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} ({value}) must be at least 1")
+
+    @property
+    def world_size(self) -> int:
+        """All processes."""
+        return self.replicas * self.shards * self.parts
+
+    @property
+    def data_parallel(self) -> int:
+        """Processes, or part groups, that see rows of their own."""
+        return self.replicas * self.shards
+
+    def __str__(self) -> str:
+        names = {"replicas": "replica", "shards": "shard", "parts": "part"}
+        many = [f"{n} {key if n > 1 else names[key]}" for key, n in vars(self).items() if n > 1]
+        return " × ".join(many) or "one process"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Alike collectives of an optimizer step.
+
+    Args:
+        kind: what they do.
+        group: among which processes.
+        carries: what of, such as "gradients".
+        during: the pass that they can be hidden behind.
+        nbytes: of all of them together, each counted as the whole tensor that the group has afterwards or has summed.
+        calls: how many there are.
+        micro_batches: in how many micro-batches of a step they take place.
+    """
+
+    kind: Kind
+    group: Group
+    carries: Literal["parameters", "gradients", "activations", "buffers"]
+    during: Pass
+    nbytes: int
+    calls: int
+    micro_batches: int
+
+    def sent(self, layout: Layout) -> float:
+        """Bytes that a process sends, and receives as many, in rings."""
+        p = getattr(layout, self.group)
+        return SHARES[self.kind] * (p - 1) / p * self.nbytes
+
+
+class Exchanged(NamedTuple):
+    """Activations that tensor parallelism sums in a micro-batch, whatever the number of parts."""
+
+    forward: int
+    """Bytes of partial outputs."""
+
+    recomputed: int
+    """Bytes of those that activation checkpointing computes once more in the backward pass."""
+
+    backward: int
+    """Bytes of partial gradients."""
+
+    forward_calls: int
+    """Sums of partial outputs."""
+
+    recomputed_calls: int
+    """Those that are done once more."""
+
+    backward_calls: int
+    """Sums of partial gradients."""
+
+
+def collectives(
+    module: nn.Module,
+    layout: Layout,
+    *,
+    sharded: bool,
+    gathered: torch.dtype,
+    micro_batches: int = 1,
+    exchanged: Exchanged | None = None,
+) -> list[Collective]:
+    """All collectives of an optimizer step.
+
+    Args:
+        module: what is trained; it may be on the meta device. Its net's ``blocks`` are sharded one by one.
+        layout: the processes. Those of one process make no collectives.
+        sharded: whether the strategy is FSDP2; else it is data parallelism.
+        gathered: dtype in which FSDP2 gathers parameters.
+        micro_batches: that an optimizer step accumulates.
+        exchanged: what tensor parallelism sums; needed where there are parts.
+
+    Raises:
+        ValueError: the heads or feed-forward layers cannot be split into so many parts.
+    """
+    found: list[Collective] = []
+    if sharded:
+        found += _of_sharding(module, layout, gathered, micro_batches)
+    elif layout.replicas > 1:
+        gradients = sum(p.numel() * p.dtype.itemsize for p in module.parameters() if p.requires_grad)
+        buffers = list(module.buffers())
+        size = sum(b.numel() * b.dtype.itemsize for b in buffers)
+        found.append(
+            Collective("all_reduce", "replicas", "gradients", "backward", gradients, math.ceil(gradients / BUCKET), 1)
+        )
+        if buffers:
+            found.append(Collective("broadcast", "replicas", "buffers", "forward", size, 1, 1))
+    if layout.parts > 1:
+        if exchanged is None:
+            raise ValueError(f"what {layout.parts} tensor-parallel parts sum is not given; pass `exchanged`")
+        for during, size, calls in (
+            ("forward", exchanged.forward, exchanged.forward_calls),
+            ("backward", exchanged.recomputed, exchanged.recomputed_calls),
+            ("backward", exchanged.backward, exchanged.backward_calls),
+        ):
+            if calls:
+                total, times = size * micro_batches, calls * micro_batches
+                found.append(Collective("all_reduce", "parts", "activations", during, total, times, micro_batches))  # type: ignore[arg-type]
+    return found
+
+
+def _of_sharding(module: nn.Module, layout: Layout, gathered: torch.dtype, micro_batches: int) -> Iterator[Collective]:
+    shapes = split_shapes(module, layout.parts)
+    *blocks, root = parameter_groups(module)
+
+    def padded(group: Iterable[nn.Parameter], dtype: torch.dtype | None = None) -> int:
+        size = 0
+        for parameter in group:
+            rows, *others = shapes.get(id(parameter), parameter.shape)
+            rows = math.ceil(rows / layout.shards) * layout.shards
+            size += rows * math.prod(others) * (dtype or parameter.dtype).itemsize
+        return size
+
+    in_blocks = sum(padded(block, gathered) for block in blocks)
+    gradients = [padded(p for p in group if p.requires_grad) for group in (*blocks, root)]
+    gradients = [size for size in gradients if size]
+    n_groups = len(blocks) + bool(root)
+
+    def of(
+        kind: Kind, group: Group, carries: Literal["parameters", "gradients"], during: Pass, size: int, n: int
+    ) -> Collective:
+        return Collective(kind, group, carries, during, size * micro_batches, n * micro_batches, micro_batches)
+
+    if layout.shards > 1:
+        yield of("all_gather", "shards", "parameters", "forward", in_blocks + padded(root, gathered), n_groups)
+        if blocks:
+            yield of("all_gather", "shards", "parameters", "backward", in_blocks, len(blocks))
+        if gradients:
+            yield of("reduce_scatter", "shards", "gradients", "backward", sum(gradients), len(gradients))
+    if layout.replicas > 1 and gradients:
+        own = sum(gradients) // layout.shards
+        yield of("all_reduce", "replicas", "gradients", "backward", own, len(gradients))
+
+
+def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
+    """Parameters of each block, and last those of the root: what is in no block. Each is there once."""
+    blocks = list(getattr(getattr(module, "net", module), "blocks", None) or [])
+    seen: set[int] = set()
+    groups = []
+    for part in (*blocks, module):
+        own = [p for p in part.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in own}
+        groups.append(own)
+    return groups
+
+
+def split_shapes(module: nn.Module, parts: int) -> dict[int, torch.Size]:
+    """The shapes of what one of ``parts`` tensor-parallel processes holds of the parameters that are split, by their id.
+
+    Raises:
+        ValueError: the heads or a feed-forward layer cannot be split into so many parts.
+    """
+    found: dict[int, torch.Size] = {}
+    if parts == 1:
+        return found
+
+    def split(parameter: nn.Parameter | None, dim: int = 0) -> None:
+        if parameter is not None:
+            shape = list(parameter.shape)
+            shape[dim] //= parts
+            found[id(parameter)] = torch.Size(shape)
+
+    for part in module.modules():
+        if isinstance(part, FeedForward):
+            hidden = part.w_1.out_features
+            if hidden % parts:
+                raise ValueError(f"{parts} tensor-parallel parts must divide the feed-forward width ({hidden})")
+            split(part.w_1.weight)
+            split(part.w_1.bias)
+            split(part.w_2.weight, 1)
+        elif isinstance(part, Attention) and not has_one_head(part):
+            check_heads(part, parts)
+            for projection in split_projections(part):
+                split(projection.weight)
+                split(projection.bias)
+            for parameter in part.parameters(recurse=False):  # a row for each head
+                split(parameter)
+            split(part.w_o.weight, 1)
+    return found
+
+
+def check_heads(attention: Attention, parts: int) -> None:
+    """Raise a ValueError unless the heads of ``attention`` can be split into ``parts``."""
+    if attention.n_heads % parts:
+        raise ValueError(
+            f"{parts} tensor-parallel parts must divide n_heads ({attention.n_heads}), as "
+            f"{_near(parts, attention.n_heads)} do"
+        )
+    for projection in split_projections(attention):
+        heads = projection.out_features // attention.head_dim
+        if heads % parts:
+            raise ValueError(
+                f"{parts} tensor-parallel parts must divide the {heads} heads of keys and values of "
+                f"{type(attention).__name__}, as {_near(parts, heads)} do; one head of them is not split"
+            )
+
+
+def has_one_head(attention: Attention) -> bool:
+    """Whether all heads of ``attention`` are one, so that there is nothing to split."""
+    with torch.no_grad():
+        return attention.query(_one_token(attention)).shape[1] == 1
+
+
+def splits_context(attention: Attention) -> bool:
+    """Whether parts make, or cut out, keys and values of their own from the context: there are several heads of them."""
+    with torch.no_grad():
+        return attention.key_value(_one_token(attention))[0].shape[1] > 1
+
+
+def split_projections(attention: Attention) -> list[nn.Linear]:
+    """Projections of an attention's inputs that have several heads, which the parts share out."""
+    return [p for p in _projections(attention) if p.out_features > attention.head_dim]
+
+
+def shared_projections(attention: Attention) -> list[nn.Linear]:
+    """Projections of an attention's inputs to one head that all others use, which every part has."""
+    return [p for p in _projections(attention) if p.out_features == attention.head_dim]
+
+
+def _projections(attention: Attention) -> list[nn.Linear]:
+    return [m for m in attention.children() if isinstance(m, nn.Linear) and m is not attention.w_o]
+
+
+def _one_token(attention: Attention) -> Tensor:
+    weight = attention.w_o.weight
+    return torch.empty(1, 1, attention.width, dtype=weight.dtype, device=weight.device)
+
+
+def _near(parts: int, number: int) -> str:
+    return ", ".join(str(n) for n in range(2, number + 1) if number % n == 0) or "none"
