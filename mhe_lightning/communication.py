@@ -19,7 +19,7 @@ Scalars that are summed now and then (the loss, the gradient's norm) are left ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from mhe_lightning.models.layers import FeedForward
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
 Group = Literal["replicas", "shards", "parts"]
+Carried = Literal["parameters", "gradients", "activations", "buffers"]
 Pass = Literal["forward", "backward"]
 
 SHARES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}
@@ -42,25 +43,49 @@ BUCKET = 25 * 2**20
 
 @dataclass(frozen=True)
 class Layout:
-    """How processes are arranged: replicas of shard groups of tensor-parallel parts, neighbouring ranks in one part group.
+    """How processes are arranged: replicas of shard groups of tensor-parallel parts; neighbouring ranks are parts.
 
     Args:
-        replicas: copies of the sharded model, or all processes of plain data parallelism.
-        shards: processes over which weights, gradients and the optimizer's state are spread; 1 is none.
-        parts: processes that share the heads and feed-forward layers of a copy; 1 is none.
+        replicas: copies of the sharded model; all processes in plain data parallelism.
+        shards: processes over which weights, gradients and the optimizer's state are spread.
+        parts: processes that divide heads and feed-forward layers among them.
+        sharded: whether the strategy is FSDP2; else it is data parallelism.
 
     Raises:
-        ValueError: a number is below 1.
+        ValueError: a number is below 1, or there are shards or parts in plain data parallelism.
     """
 
     replicas: int = 1
     shards: int = 1
     parts: int = 1
+    sharded: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} ({value}) must be at least 1")
+        for name in ("replicas", "shards", "parts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.shards * self.parts > 1 and not self.sharded:
+            raise ValueError(f"shards ({self.shards}) and parts ({self.parts}) need a sharding strategy: sharded=True")
+
+    @classmethod
+    def of_shards(cls, world_size: int, shards: int | None = None, parts: int = 1) -> Layout:
+        """The layout of FSDP2, tensor parallelism and both.
+
+        Args:
+            world_size: all processes.
+            shards: processes of a shard group; as many as there are for data parallelism if not given.
+            parts: tensor-parallel processes.
+
+        Raises:
+            ValueError: the processes cannot be arranged so.
+        """
+        groups, rest = divmod(world_size, parts)
+        if rest:
+            raise ValueError(f"tensor_parallel ({parts}) must divide the number of processes ({world_size})")
+        shards = groups if shards is None else shards
+        if groups % shards:
+            raise ValueError(f"shard ({shards}) must divide the number of data-parallel processes ({groups})")
+        return cls(groups // shards, shards, parts, sharded=True)
 
     @property
     def world_size(self) -> int:
@@ -69,13 +94,12 @@ class Layout:
 
     @property
     def data_parallel(self) -> int:
-        """Processes, or part groups, that see rows of their own."""
+        """Processes, or groups of parts, that see rows of their own."""
         return self.replicas * self.shards
 
     def __str__(self) -> str:
-        names = {"replicas": "replica", "shards": "shard", "parts": "part"}
-        many = [f"{n} {key if n > 1 else names[key]}" for key, n in vars(self).items() if n > 1]
-        return " × ".join(many) or "one process"
+        sizes = {"replica": self.replicas, "shard": self.shards, "part": self.parts}
+        return " × ".join(f"{n} {name}s" for name, n in sizes.items() if n > 1) or "one process"
 
 
 @dataclass(frozen=True)
@@ -94,7 +118,7 @@ class Collective:
 
     kind: Kind
     group: Group
-    carries: Literal["parameters", "gradients", "activations", "buffers"]
+    carries: Carried
     during: Pass
     nbytes: int
     calls: int
@@ -132,8 +156,8 @@ def collectives(
     module: nn.Module,
     layout: Layout,
     *,
-    sharded: bool,
-    gathered: torch.dtype,
+    gathered: torch.dtype = torch.float32,
+    reduced: torch.dtype = torch.float32,
     micro_batches: int = 1,
     exchanged: Exchanged | None = None,
 ) -> list[Collective]:
@@ -141,9 +165,9 @@ def collectives(
 
     Args:
         module: what is trained; it may be on the meta device. Its net's ``blocks`` are sharded one by one.
-        layout: the processes. Those of one process make no collectives.
-        sharded: whether the strategy is FSDP2; else it is data parallelism.
+        layout: the processes. One process makes no collectives.
         gathered: dtype in which FSDP2 gathers parameters.
+        reduced: dtype of the gradients that are summed.
         micro_batches: that an optimizer step accumulates.
         exchanged: what tensor parallelism sums; needed where there are parts.
 
@@ -151,62 +175,71 @@ def collectives(
         ValueError: the heads or feed-forward layers cannot be split into so many parts.
     """
     found: list[Collective] = []
-    if sharded:
-        found += _of_sharding(module, layout, gathered, micro_batches)
+    if layout.sharded:
+        found += _of_sharding(module, layout, gathered, reduced, micro_batches)
     elif layout.replicas > 1:
-        gradients = sum(p.numel() * p.dtype.itemsize for p in module.parameters() if p.requires_grad)
-        buffers = list(module.buffers())
-        size = sum(b.numel() * b.dtype.itemsize for b in buffers)
-        found.append(
-            Collective("all_reduce", "replicas", "gradients", "backward", gradients, math.ceil(gradients / BUCKET), 1)
-        )
+        gradients = reduced.itemsize * sum(p.numel() for p in module.parameters() if p.requires_grad)
+        calls = math.ceil(gradients / BUCKET)
+        found.append(Collective("all_reduce", "replicas", "gradients", "backward", gradients, calls, 1))
+        buffers = sum(b.nbytes for b in module.buffers())
         if buffers:
-            found.append(Collective("broadcast", "replicas", "buffers", "forward", size, 1, 1))
+            found.append(Collective("broadcast", "replicas", "buffers", "forward", buffers, 1, 1))
     if layout.parts > 1:
         if exchanged is None:
-            raise ValueError(f"what {layout.parts} tensor-parallel parts sum is not given; pass `exchanged`")
-        for during, size, calls in (
-            ("forward", exchanged.forward, exchanged.forward_calls),
-            ("backward", exchanged.recomputed, exchanged.recomputed_calls),
-            ("backward", exchanged.backward, exchanged.backward_calls),
-        ):
-            if calls:
-                total, times = size * micro_batches, calls * micro_batches
-                found.append(Collective("all_reduce", "parts", "activations", during, total, times, micro_batches))  # type: ignore[arg-type]
+            raise ValueError(f"what the {layout.parts} tensor-parallel parts sum is not given; pass `exchanged`")
+        found += _of_parts(exchanged, micro_batches)
     return found
 
 
-def _of_sharding(module: nn.Module, layout: Layout, gathered: torch.dtype, micro_batches: int) -> Iterator[Collective]:
+def _of_parts(exchanged: Exchanged, micro_batches: int) -> Iterator[Collective]:
+    sums: list[tuple[Pass, int, int]] = [
+        ("forward", exchanged.forward, exchanged.forward_calls),
+        ("backward", exchanged.recomputed, exchanged.recomputed_calls),
+        ("backward", exchanged.backward, exchanged.backward_calls),
+    ]
+    for during, nbytes, calls in sums:
+        if calls:
+            n = micro_batches
+            yield Collective("all_reduce", "parts", "activations", during, n * nbytes, n * calls, n)
+
+
+def _of_sharding(
+    module: nn.Module, layout: Layout, gathered: torch.dtype, reduced: torch.dtype, micro_batches: int
+) -> Iterator[Collective]:
     shapes = split_shapes(module, layout.parts)
-    *blocks, root = parameter_groups(module)
+    groups = parameter_groups(module)
+    parameters = [gathered.itemsize * padded(group, layout, shapes) for group in groups if group]
+    blocks = parameters[: len(groups) - 1]  # the last is the root
+    gradients = [reduced.itemsize * padded((p for p in g if p.requires_grad), layout, shapes) for g in groups]
+    gradients = [nbytes for nbytes in gradients if nbytes]
 
-    def padded(group: Iterable[nn.Parameter], dtype: torch.dtype | None = None) -> int:
-        size = 0
-        for parameter in group:
-            rows, *others = shapes.get(id(parameter), parameter.shape)
-            rows = math.ceil(rows / layout.shards) * layout.shards
-            size += rows * math.prod(others) * (dtype or parameter.dtype).itemsize
-        return size
-
-    in_blocks = sum(padded(block, gathered) for block in blocks)
-    gradients = [padded(p for p in group if p.requires_grad) for group in (*blocks, root)]
-    gradients = [size for size in gradients if size]
-    n_groups = len(blocks) + bool(root)
-
-    def of(
-        kind: Kind, group: Group, carries: Literal["parameters", "gradients"], during: Pass, size: int, n: int
-    ) -> Collective:
-        return Collective(kind, group, carries, during, size * micro_batches, n * micro_batches, micro_batches)
+    def all_of(kind: Kind, group: Group, carries: Carried, during: Pass, sizes: Sequence[int]) -> Iterator[Collective]:
+        if sizes:
+            n = micro_batches
+            yield Collective(kind, group, carries, during, n * sum(sizes), n * len(sizes), n)
 
     if layout.shards > 1:
-        yield of("all_gather", "shards", "parameters", "forward", in_blocks + padded(root, gathered), n_groups)
-        if blocks:
-            yield of("all_gather", "shards", "parameters", "backward", in_blocks, len(blocks))
-        if gradients:
-            yield of("reduce_scatter", "shards", "gradients", "backward", sum(gradients), len(gradients))
-    if layout.replicas > 1 and gradients:
-        own = sum(gradients) // layout.shards
-        yield of("all_reduce", "replicas", "gradients", "backward", own, len(gradients))
+        yield from all_of("all_gather", "shards", "parameters", "forward", parameters)
+        yield from all_of("all_gather", "shards", "parameters", "backward", blocks)
+        yield from all_of("reduce_scatter", "shards", "gradients", "backward", gradients)
+    if layout.replicas > 1:
+        shards = [nbytes // layout.shards for nbytes in gradients]
+        yield from all_of("all_reduce", "replicas", "gradients", "backward", shards)
+
+
+def padded(parameters: Iterable[nn.Parameter], layout: Layout, shapes: Mapping[int, torch.Size]) -> int:
+    """Numbers of the ``parameters`` of one part, with the rows that FSDP2 adds so that all shards are alike.
+
+    Args:
+        parameters: whole ones.
+        layout: the processes.
+        shapes: of those that are split into parts, as `split_shapes` gives them.
+    """
+    numbers = 0
+    for parameter in parameters:
+        rows, *others = shapes.get(id(parameter), parameter.shape)
+        numbers += math.ceil(rows / layout.shards) * layout.shards * math.prod(others)
+    return numbers
 
 
 def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
@@ -222,7 +255,7 @@ def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
 
 
 def split_shapes(module: nn.Module, parts: int) -> dict[int, torch.Size]:
-    """The shapes of what one of ``parts`` tensor-parallel processes holds of the parameters that are split, by their id.
+    """The shapes of what one of ``parts`` tensor-parallel processes has of the parameters that are split, by their id.
 
     Raises:
         ValueError: the heads or a feed-forward layer cannot be split into so many parts.
@@ -231,7 +264,7 @@ def split_shapes(module: nn.Module, parts: int) -> dict[int, torch.Size]:
     if parts == 1:
         return found
 
-    def split(parameter: nn.Parameter | None, dim: int = 0) -> None:
+    def split(parameter: Tensor | None, dim: int = 0) -> None:
         if parameter is not None:
             shape = list(parameter.shape)
             shape[dim] //= parts
@@ -254,6 +287,15 @@ def split_shapes(module: nn.Module, parts: int) -> dict[int, torch.Size]:
                 split(parameter)
             split(part.w_o.weight, 1)
     return found
+
+
+def can_split(module: nn.Module, parts: int) -> bool:
+    """Whether all heads and feed-forward layers can be split into ``parts``."""
+    try:
+        split_shapes(module, parts)
+    except ValueError:
+        return False
+    return True
 
 
 def check_heads(attention: Attention, parts: int) -> None:
@@ -279,7 +321,7 @@ def has_one_head(attention: Attention) -> bool:
 
 
 def splits_context(attention: Attention) -> bool:
-    """Whether parts make, or cut out, keys and values of their own from the context: there are several heads of them."""
+    """Whether parts have keys and values of their own, made of the context or cut out of it."""
     with torch.no_grad():
         return attention.key_value(_one_token(attention))[0].shape[1] > 1
 

@@ -1,8 +1,8 @@
 """How long a step takes on a cluster: what is computed at an assumed rate, what is sent at assumed bandwidths.
 
-Nothing here was measured on GPUs. The model is that of rings, as NCCL has them: in a group of p processes each sends its
-share of the tensor in p - 1 hops. A group over several nodes sends through the network adapters of its processes, one
-each, side by side; NVLink is as fast as it is. A sum of all may go through a double tree instead, with fewer hops.
+Nothing here was measured on GPUs. The model is that of rings, as NCCL has them: in a group of p processes each sends
+its share of the tensor in p - 1 hops. A group over several nodes sends through the adapters of its processes, side by
+side, but no faster than within a node. A sum may go through a tree instead, in fewer hops.
 """
 
 from __future__ import annotations
@@ -18,25 +18,23 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Cluster:
-    """What processes compute and send, per second. The defaults are of nodes with 8 H100 and an adapter for each GPU.
+    """How fast processes send. The defaults are of nodes with 8 H100 and a network adapter for each.
 
     Args:
-        flops: matrix operations of one process that are really done: its peak × the share that is used (MFU).
         per_node: processes of a node, one for each of its GPUs.
         node_bandwidth: bytes that a process sends to others of its node, and receives as many: 80 % of the 450 GB/s of
             NVLink 4.
         network_bandwidth: bytes that a process's adapter sends, and receives as many: 80 % of the 50 GB/s of InfiniBand
             NDR.
-        node_latency: seconds of a hop within a node, as NCCL's tuning model has it (2.19, Simple protocol).
+        node_latency: seconds of a hop within a node, as NCCL's tuning model has it (2.19, protocol LL128).
         network_latency: seconds of a hop between nodes, likewise.
     """
 
-    flops: float
     per_node: int = 8
     node_bandwidth: float = 360 * GB
     network_bandwidth: float = 40 * GB
-    node_latency: float = 3.4e-6
-    network_latency: float = 14e-6
+    node_latency: float = 1.9e-6
+    network_latency: float = 4e-6
 
     def seconds(self, collective: Collective, layout: Layout) -> float:
         """How long a step's collectives of a kind take, one after the other."""
@@ -47,7 +45,7 @@ class Cluster:
         bandwidth = self.node_bandwidth
         if nodes > 1:
             bandwidth = min(bandwidth, on_node * self.network_bandwidth)
-        hops = (p - nodes) * self.node_latency + (nodes * self.network_latency if nodes > 1 else 0)
+        hops = (p - nodes) * self.node_latency + (nodes - 1) * self.network_latency
         latency = hops
         if collective.kind == "all_reduce":
             tree = (on_node - 1) * self.node_latency + math.log2(nodes) * self.network_latency
@@ -103,6 +101,7 @@ def step_time(
     layout: Layout,
     found: Sequence[Collective],
     *,
+    rate: float,
     forward_flops: float,
     training_flops: float,
     tokens: int,
@@ -114,12 +113,13 @@ def step_time(
         cluster: what it runs on.
         layout: how the processes are arranged.
         found: the step's collectives.
+        rate: matrix operations that a process does in a second: its peak × the share of it that is used (MFU).
         forward_flops: of one process's micro-batch, in the forward pass.
         training_flops: of one process's micro-batch, in all.
         tokens: of one process's micro-batch.
         micro_batches: that a step accumulates.
     """
-    passes = {"forward": forward_flops / cluster.flops, "backward": (training_flops - forward_flops) / cluster.flops}
+    passes = {"forward": forward_flops / rate, "backward": (training_flops - forward_flops) / rate}
     waiting, sending, exposed, tightest = 0.0, 0.0, 0.0, 0.0
     for during, computing in passes.items():
         times = {1: 0.0, micro_batches: 0.0}  # of what is sent once a step, and in every micro-batch

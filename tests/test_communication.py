@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -82,13 +81,13 @@ def stated(found) -> tuple[dict[str, int], dict[str, int]]:
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize(
-    "layout", [Layout(1, 8), Layout(2, 4), Layout(8, 8), Layout(1, 64), Layout(128, 8), Layout(1, 1024)], ids=str
+    "layout", [Layout.of_shards(p, s) for p, s in ((8, 8), (8, 4), (64, 8), (64, 64), (1024, 8), (1024, 1024))], ids=str
 )
 @pytest.mark.parametrize("variant", ["mha", "mhe_add", "sha"])
 def test_sharding_sends_what_is_stated(variant, layout, mixed):
     net = decoder(variant)
     gathered = torch.bfloat16 if mixed else torch.float32
-    expected = stated(collectives(net, layout, sharded=True, gathered=gathered, micro_batches=2))
+    expected = stated(collectives(net, layout, gathered=gathered, micro_batches=2))
     with pretended(layout.world_size):
         sizes, names = (layout.replicas, layout.shards), ("replicas", "shards")
         mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
@@ -111,7 +110,7 @@ def test_sharding_sends_what_is_stated(variant, layout, mixed):
 
 def test_a_matrix_with_fewer_rows_than_shards_is_gathered_as_if_it_had_as_many():
     net = nn.Linear(D, 4, bias=False)
-    found = collectives(net, Layout(shards=64), sharded=True, gathered=torch.float32)
+    found = collectives(net, Layout.of_shards(64), gathered=torch.float32)
     assert {one.nbytes for one in found} == {64 * D * 4}
 
 
@@ -151,7 +150,7 @@ def test_data_parallelism_sends_gradients_and_buffers_once_a_step(tmp_path):
     for child in children:
         child.join(timeout=120)
     assert [child.exitcode for child in children] == [0, 0]
-    expected = stated(collectives(Loss(), Layout(replicas=2), sharded=False, gathered=torch.float32, micro_batches=3))
+    expected = stated(collectives(Loss(), Layout(replicas=2), gathered=torch.float32, micro_batches=3))
     assert torch.load(out) == expected
     assert set(expected[0]) == {"all_reduce", "broadcast"}
 
@@ -159,9 +158,8 @@ def test_data_parallelism_sends_gradients_and_buffers_once_a_step(tmp_path):
 def test_rings_send_twice_what_they_sum_and_once_what_they_gather():
     net = nn.Linear(D, 64, bias=False)
     by_kind = {
-        one.kind: one.sent(Layout(shards=8))
-        for one in collectives(net, Layout(shards=8), sharded=True, gathered=torch.float32)
+        one.kind: one.sent(Layout.of_shards(8)) for one in collectives(net, Layout.of_shards(8), gathered=torch.float32)
     }
     assert by_kind["all_gather"] == by_kind["reduce_scatter"] == 7 / 8 * D * 64 * 4
-    (summed,) = collectives(net, Layout(replicas=8), sharded=False, gathered=torch.float32)
+    (summed,) = collectives(net, Layout(replicas=8), gathered=torch.float32)
     assert summed.sent(Layout(replicas=8)) == 2 * by_kind["all_gather"]
