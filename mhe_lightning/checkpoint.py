@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from mhe_lightning import sharded_checkpoint
 from mhe_lightning.files import atomic_write, sha256, write_text
 
 FORMAT_VERSION = 1
@@ -52,34 +54,58 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint to the CPU, tensors and plain data only.
+    """Load a checkpoint to the CPU, tensors and plain data only; one that several processes wrote as if by one.
 
     Raises:
-        CheckpointError: there is no such file, it fails its checksum, cannot be read, or is of an unknown format.
+        CheckpointError: there is none, it fails its checksum, cannot be read, or is of an unknown format.
     """
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    if problem := damage(path):
-        raise CheckpointError(f"checkpoint {path} {problem}; use an earlier one")
+    check_checkpoint(path)
     try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint: dict[str, Any] = (
+            sharded_checkpoint.read(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except Exception as error:
         # torch's text recommends weights_only=False in its first lines
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
         reason = reason.strip() or type(error).__name__
         raise CheckpointError(f"checkpoint {path} cannot be read as tensors and plain data: {reason}") from error
+    check_version(path, checkpoint)
+    return checkpoint
+
+
+def check_checkpoint(path: Path) -> None:
+    """Raise a `CheckpointError` if there is no checkpoint at ``path``, or it fails its checksums."""
+    if not path.is_file() and not sharded_checkpoint.is_sharded(path):
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    if problem := damage(path):
+        raise CheckpointError(f"checkpoint {path} {problem}; use an earlier one")
+
+
+def check_version(path: Path, checkpoint: Any) -> None:
+    """Raise a `CheckpointError` if what was read from ``path`` is of an unknown format."""
     version = checkpoint.get(RECORD, {}).get("format_version") if isinstance(checkpoint, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {path} has format version {version}; this version of mhe_lightning reads {FORMAT_VERSION}"
         )
-    return checkpoint
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint; its checksum goes first, so that half of it never passes for whole."""
+    """Remove a checkpoint; its checksum or name goes first, so that half of it never passes for whole."""
+    if path.is_dir():
+        gone = sharded_checkpoint.building_folder(path)
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone)
+        return
     path.with_name(path.name + CHECKSUM).unlink(missing_ok=True)
     path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process was writing in a run's ``checkpoints/``."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> None:
@@ -92,7 +118,9 @@ def set_aside(path: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file by its checksum, or None."""
+    """What is wrong with a checkpoint by its checksums, or None."""
+    if path.is_dir():
+        return sharded_checkpoint.damage(path)
     checksum = path.with_name(path.name + CHECKSUM)
     if not checksum.is_file():
         return f"has no checksum file {checksum.name}, so it was not written completely"
@@ -133,12 +161,12 @@ def run_of(path: Path) -> tuple[Path, Path]:
     Raises:
         CheckpointError: it is neither a run directory with a checkpoint nor a checkpoint file.
     """
-    if path.is_dir():
+    if path.is_dir() and not sharded_checkpoint.is_sharded(path):
         checkpoint = newest_checkpoint(path / "checkpoints")
         if checkpoint is None:
             raise CheckpointError(f"{path} holds no complete checkpoint in checkpoints/; train one with `fit`")
         return path, checkpoint
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a run directory or a checkpoint file")
     return path.resolve().parent.parent, path
 

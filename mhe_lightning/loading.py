@@ -82,7 +82,7 @@ def find_checkpoint(run_or_ckpt: str, ckpt_path: str) -> tuple[Path, Path]:
     """
     given = Path(run_or_ckpt)
     folder, path = run_of(given)
-    if given.is_dir() and ckpt_path != "auto":
+    if given.resolve() == folder.resolve() and ckpt_path != "auto":
         found = run.resolve_checkpoint(ckpt_path, folder)
         if found is None:
             raise UserError(f"{folder} holds no {ckpt_path} checkpoint; leave out --ckpt_path for its newest")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
 import pytest
@@ -249,7 +250,7 @@ def test_going_on_from_an_earlier_checkpoint_leaves_the_later_ones_behind(comman
     assert "ckpt_path: null" in (tmp_path / "runs/tiny/config.yaml").read_text()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_its_own_exit_code(number, code, tiny_config, tmp_path):
     path = str(tiny_config(trainer={"max_steps": 12}))
     signalled = [
@@ -263,6 +264,29 @@ def test_a_signal_ends_a_run_with_its_own_exit_code(number, code, tiny_config, t
     folder = tmp_path / "runs/tiny/checkpoints"
     assert exit_codes == [code], (tmp_path / "log").read_text()
     assert newest_checkpoint(folder).name == ("step=00000007.ckpt" if code == 143 else "step=00000006.ckpt")
+
+
+def test_a_job_that_slurm_warns_is_requeued_when_its_step_is_saved(tiny_config, tmp_path, monkeypatch):
+    saved = tmp_path / "runs/tiny/checkpoints/step=00000007.ckpt.sha256"
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\ntest -e {saved} && echo "$@" > {tmp_path}/asked\n', encoding="utf-8")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "13")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    options = ["--trainer.callbacks+=processes.SignalAt", "--trainer.callbacks.micro_batch=6"]
+    path = str(tiny_config(trainer={"max_steps": 12}))
+
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signalled = [*options, f"--trainer.callbacks.number={int(number)}"]
+        assert run(["fit", "--config", path, *signalled], log=tmp_path / "log") == [143]
+        asked = tmp_path / "asked"
+        assert asked.exists() == (number == signal.SIGUSR1), (tmp_path / "log").read_text()
+        if asked.exists():
+            assert asked.read_text() == "requeue 12_3\n"
+            asked.unlink()
 
 
 OPTIONS = {

@@ -13,9 +13,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.cache import KVCache, StaticKVCache, causal_keys
 from mhe_lightning.attention.folding import GroupedQuery
+from mhe_lightning.attention.tensor_parallel import share, split_rows
 
 
 class Attention(nn.Module):
@@ -31,6 +33,9 @@ class Attention(nn.Module):
         ValueError: an argument is out of range.
     """
 
+    _shares_key_value = False
+    """Whether one projection makes the keys and values of all heads."""
+
     def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__()
         check_divides("n_heads", n_heads, "width", width)
@@ -41,6 +46,7 @@ class Attention(nn.Module):
         self.head_dim = width // n_heads
         self.dropout = dropout
         self.w_o = nn.Linear(width, width, bias=bias)
+        self.mesh: DeviceMesh | None = None
 
     def query(self, x: Tensor) -> Tensor:
         """Queries of all heads, (B, n, T, d), from ``x`` (B, T, D); (B, 1, T, d) where all heads share one."""
@@ -61,6 +67,46 @@ class Attention(nn.Module):
             NotImplementedError: the variant has none, or does not define it.
         """
         raise NotImplementedError(f"{type(self).__name__} must define folded(), if it is a grouped-query attention")
+
+    def parallelize(self, mesh: DeviceMesh) -> None:
+        """Split the heads over the processes of ``mesh`` (tensor parallelism), in place; outputs stay as they are.
+
+        Each process computes its heads from the whole input. What all heads share is on every process, with the same
+        gradient on each.
+
+        Raises:
+            ValueError: the heads cannot be divided among the processes, or there is dropout.
+        """
+        if self.n_heads % mesh.size():
+            raise ValueError(
+                f"n_heads ({self.n_heads}) must be a multiple of tensor_parallel ({mesh.size()}), whose processes "
+                "divide the heads among them"
+            )
+        if self.dropout:
+            raise ValueError(
+                f"dropout ({self.dropout}) of attention weights must be 0 with tensor_parallel ({mesh.size()}): the "
+                "processes' heads would all drop the same weights"
+            )
+        self._split_projections(mesh)
+        split_rows(self.w_o, mesh)
+        self.mesh = mesh
+
+    def _split_projections(self, mesh: DeviceMesh) -> None:
+        """Split over ``mesh`` what belongs to one head each."""
+        raise NotImplementedError(f"{type(self).__name__} must define _split_projections(mesh)")
+
+    def _inputs(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What queries are made from, then what keys and values are: ``x``, or ``context`` if there is one.
+
+        Where each process computes its own heads from them, their gradients are summed. A projection that all heads
+        share is the same on all processes: what it makes of its input is summed instead.
+        """
+        if self.mesh is None:
+            return x, x, context
+        own = share(x, self.mesh)
+        if self._shares_key_value:
+            return own, x, context
+        return own, own, None if context is None else share(context, self.mesh)
 
     def forward(
         self,
@@ -103,9 +149,10 @@ class Attention(nn.Module):
         if hidden:  # else SDPA's own causality, which needs no mask in memory
             shape = (x.shape[0], self.n_heads, T, S)
             mask, is_causal = visible_keys(mask, shape, is_causal, x.device, past), False
+        queries, x, context = self._inputs(x, context)
         stored = self._stored_key_value(x, context, cache)
         k, v = stored[0], stored[-1]
-        return self.merge(self._attend(self.query(x), k, v, mask, is_causal))
+        return self.merge(self._attend(self.query(queries), k, v, mask, is_causal))
 
     @torch.no_grad()
     def weights(

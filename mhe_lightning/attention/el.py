@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.base import Attention
 from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
+from mhe_lightning.attention.tensor_parallel import split_columns
 
 
 class ELAttention(Attention):
@@ -27,11 +29,15 @@ class ELAttention(Attention):
         super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
         self.w_q = nn.Linear(width, width, bias=bias)
 
+    def _split_projections(self, mesh: DeviceMesh) -> None:
+        split_columns(self.w_q, mesh)
+
     def query(self, x: Tensor) -> Tensor:
         return self._split_heads(self.w_q(x))  # (B, n, T, d)
 
     def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
-        return (self._split_heads(context),)  # (B, n, S, d), both K and V
+        slices = self._split_heads(context)  # (B, n, S, d), both K and V
+        return (slices if self.mesh is None else slices.chunk(self.mesh.size(), 1)[self.mesh.get_local_rank()],)
 
     def folded(self) -> GroupedQuery:
         """Keys and values that are slices of the context are projections by blocks of the identity."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.base import Attention, check_divides
 from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
+from mhe_lightning.attention.tensor_parallel import share, split_columns
 
 
 class GQA(Attention):
@@ -29,15 +31,30 @@ class GQA(Attention):
         super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
         check_divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
         self.n_kv_heads = n_kv_heads
+        self._shares_key_value = n_kv_heads == 1
         self.w_q = nn.Linear(width, width, bias=bias)
         self.w_k = nn.Linear(width, n_kv_heads * self.head_dim, bias=bias)
         self.w_v = nn.Linear(width, n_kv_heads * self.head_dim, bias=bias)
+
+    def _split_projections(self, mesh: DeviceMesh) -> None:
+        if not self._shares_key_value and self.n_kv_heads % mesh.size():
+            raise ValueError(
+                f"n_kv_heads ({self.n_kv_heads}) must be a multiple of tensor_parallel ({mesh.size()}), or 1, which "
+                "every process keeps"
+            )
+        split_columns(self.w_q, mesh)
+        if not self._shares_key_value:
+            split_columns(self.w_k, mesh)
+            split_columns(self.w_v, mesh)
 
     def query(self, x: Tensor) -> Tensor:
         return self._split_heads(self.w_q(x))  # (B, n, T, d)
 
     def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
-        return self._split_heads(self.w_k(context)), self._split_heads(self.w_v(context))  # (B, g, S, d) each
+        k, v = self.w_k(context), self.w_v(context)
+        if self.mesh is not None and self._shares_key_value:
+            k, v = share(k, self.mesh), share(v, self.mesh)
+        return self._split_heads(k), self._split_heads(v)  # (B, g, S, d) each
 
     def folded(self) -> GroupedQuery:
         q, k, v = (heads_of(projection, self.head_dim) for projection in (self.w_q, self.w_k, self.w_v))
@@ -94,6 +111,9 @@ class SHA(Attention):
         self.w_q = nn.Linear(width, self.head_dim, bias=bias)
         self.w_k = nn.Linear(width, self.head_dim, bias=bias)
         self.w_v = nn.Linear(width, self.head_dim, bias=bias)
+
+    def parallelize(self, mesh: DeviceMesh) -> None:
+        """One head cannot be divided: every process computes it as it does without ``mesh``."""
 
     def query(self, x: Tensor) -> Tensor:
         return self.w_q(x).unsqueeze(1)  # (B, 1, T, d)

@@ -6,9 +6,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.base import Attention
 from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
+from mhe_lightning.attention.tensor_parallel import own_part, share, split
 
 
 class MHE(Attention):
@@ -65,20 +67,34 @@ class MHE(Attention):
         self.e_k = nn.Parameter(torch.randn(n_heads, self.head_dim) * embedding_std)
         self.e_v = nn.Parameter(torch.randn(n_heads, self.head_dim) * embedding_std)
 
+    def _split_projections(self, mesh: DeviceMesh) -> None:
+        """Each head embedding belongs to a head; the projections stay whole, for the d numbers that each makes of a
+        token are all that processes have to sum gradients of (other variants sum those of all D)."""
+        self.e_q, self.e_k, self.e_v = (split(e, mesh, 0) for e in (self.e_q, self.e_k, self.e_v))
+
+    def _inputs(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        return x, x, context
+
+    def _project(self, projection: nn.Module, x: Tensor) -> Tensor:
+        """(B, T, D) → (B, 1, T, d), what all heads share."""
+        projected = projection(x)
+        return (projected if self.mesh is None else share(projected, self.mesh)).unsqueeze(1)
+
     def query(self, x: Tensor) -> Tensor:
-        q = self.w_q(x).unsqueeze(1)  # (B, 1, T, d)
+        q = self._project(self.w_q, x)
+        e_q, e_k = own_part(self.e_q), own_part(self.e_k)  # (n, d)
         if self.combine == "add":
-            bias = self.e_q + 0 * self.e_k  # e^K cancels in the softmax; this gives it its zero gradient
+            bias = e_q + 0 * e_k  # e^K cancels in the softmax; this gives it its zero gradient
             return q + bias.unsqueeze(1).to(q.dtype)  # (B, n, T, d)
         # (1 + e^Q)(1 + e^K) - 1: rounded to bf16 apart from the 1, which would swallow most of it
-        scale = self.e_q + self.e_k + self.e_q * self.e_k
+        scale = e_q + e_k + e_q * e_k
         return torch.addcmul(q, q, scale.unsqueeze(1).to(q.dtype))
 
     def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
-        return self.w_k(context).unsqueeze(1), self.w_v(context).unsqueeze(1)  # (B, 1, S, d) each
+        return self._project(self.w_k, context), self._project(self.w_v, context)  # (B, 1, S, d) each
 
     def merge(self, heads: Tensor) -> Tensor:
-        e_v = self.e_v.unsqueeze(1).to(heads.dtype)  # (n, 1, d)
+        e_v = own_part(self.e_v).unsqueeze(1).to(heads.dtype)  # (n, 1, d)
         return super().merge(heads + e_v if self.combine == "add" else torch.addcmul(heads, heads, e_v))
 
     def folded(self) -> GroupedQuery:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.base import Attention
 from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
+from mhe_lightning.attention.tensor_parallel import split_columns
 
 
 class SKV(Attention):
@@ -27,6 +29,10 @@ class SKV(Attention):
         super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
         self.w_q = nn.Linear(width, width, bias=bias)
         self.w_kv = nn.Linear(width, width, bias=bias)
+
+    def _split_projections(self, mesh: DeviceMesh) -> None:
+        split_columns(self.w_q, mesh)
+        split_columns(self.w_kv, mesh)
 
     def query(self, x: Tensor) -> Tensor:
         return self._split_heads(self.w_q(x))  # (B, n, T, d)

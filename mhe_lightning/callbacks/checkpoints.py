@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-import signal
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mhe_lightning.checkpoint import SUFFIX, checkpoints_in, remove_checkpoint, set_aside, step_of
-from mhe_lightning.distributed import is_distributed
+from mhe_lightning.checkpoint import SUFFIX, checkpoints_in, remove_checkpoint, remove_unfinished, set_aside, step_of
+from mhe_lightning.distributed import new_control_group
+from mhe_lightning.signals import END_SIGNALS
+from mhe_lightning.strategies import Sharded
 
 
 class Checkpoints(Checkpoint):
     """Writes ``checkpoints/step=….ckpt`` to resume from and ``best-step=….ckpt`` to use.
 
-    At SIGTERM, to any rank, the step is finished and saved, and `SIGTERMException` ends training on all ranks.
+    At SIGTERM or SIGUSR1, to any rank, the step is finished and saved, and `SIGTERMException` ends training on all
+    ranks.
 
-    At most ``keep`` + 1 files are left (and one more while writing). What a signal left between two regular ones goes
-    before these, so that a run that was interrupted ends with the files of one that was not.
+    At most ``keep`` + 1 checkpoints are left (and one more while writing). What a signal left between two regular ones
+    goes before these, so that a run that was interrupted ends with the files of one that was not.
 
     Args:
         every_n_steps: optimizer steps between two checkpoints; the last step is always saved.
@@ -54,7 +54,6 @@ class Checkpoints(Checkpoint):
         self._step_before = 0
         self._saved_step = 0
         self._due = False
-        self._terminated = False
         self._ending = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -65,8 +64,6 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_step = trainer.global_step  # nothing new to save yet
-        # Lightning's handler calls a collective at whatever point the signal arrives, and ends between micro-batches
-        signal.signal(signal.SIGTERM, self._on_sigterm)
         interval = trainer.val_check_batch
         if isinstance(interval, int) and interval % trainer.accumulate_grad_batches:
             raise ValueError(
@@ -75,6 +72,8 @@ class Checkpoints(Checkpoint):
                 "would lose the gradients gathered so far"
             )
         self._leave_later_behind(trainer)
+        self._group = new_control_group()
+        END_SIGNALS.defer()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
@@ -83,7 +82,7 @@ class Checkpoints(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped = trainer.global_step > self._step_before  # never in the middle of an accumulation
-        self._ending = stepped and _on_any_rank(self._terminated, pl_module.device)
+        self._ending = stepped and END_SIGNALS.agreed(self._group)
         self._due = stepped and (self._ending or trainer.global_step % self.every_n_steps == 0)
         # a validation belongs to its step: a run that goes on from this checkpoint does not repeat it
         if self._due and not _validation_follows(trainer):
@@ -92,6 +91,7 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self._saved_step:
             self._save_newest(trainer)
+        self._finish_saving(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
@@ -109,8 +109,7 @@ class Checkpoints(Checkpoint):
             for path in later:
                 if step_of(path) > trainer.global_step:
                     set_aside(path)
-            for unfinished in folder.glob(".*.tmp"):
-                unfinished.unlink(missing_ok=True)
+            remove_unfinished(folder)
         trainer.strategy.barrier()
         if not checkpoints_in(folder, "best-step"):
             self.best = None
@@ -128,7 +127,7 @@ class Checkpoints(Checkpoint):
         self.best = float(value)
         path = self._folder(trainer) / f"best-step={trainer.global_step:08d}{SUFFIX}"
         trainer.save_checkpoint(path, weights_only=False)
-        _prune(trainer, [old for old in checkpoints_in(path.parent, "best-step") if old != path])
+        self._prune(trainer)
 
     def _is_best(self, value: float) -> bool:
         if self.best is None:
@@ -139,14 +138,25 @@ class Checkpoints(Checkpoint):
         trainer.save_checkpoint(self._folder(trainer) / f"step={trainer.global_step:08d}{SUFFIX}", weights_only=False)
         self._saved_step = trainer.global_step
         self._due = False
-        earlier = checkpoints_in(self._folder(trainer))[:-1]
-        earlier.sort(key=lambda path: (step_of(path) % self.every_n_steps == 0, step_of(path)))
-        _prune(trainer, earlier[: max(0, len(earlier) + 1 - self.keep)])
+        self._prune(trainer)
         if self._ending:
+            self._finish_saving(trainer)
             raise SIGTERMException
 
-    def _on_sigterm(self, *_: Any) -> None:
-        self._terminated = True
+    def _finish_saving(self, trainer: Trainer) -> None:
+        if isinstance(trainer.strategy, Sharded):
+            trainer.strategy.finish_saving()
+            self._prune(trainer)
+
+    def _prune(self, trainer: Trainer) -> None:
+        """Remove what is too old, of the complete ones: one that is still being written counts for nothing yet."""
+        if not trainer.is_global_zero:
+            return
+        folder = self._folder(trainer)
+        earlier = checkpoints_in(folder)[:-1]
+        earlier.sort(key=lambda path: (step_of(path) % self.every_n_steps == 0, step_of(path)))
+        for path in [*earlier[: max(0, len(earlier) + 1 - self.keep)], *checkpoints_in(folder, "best-step")[:-1]]:
+            remove_checkpoint(path)
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:
@@ -158,17 +168,3 @@ def _validation_follows(trainer: Trainer) -> bool:
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-
-
-def _on_any_rank(flag: bool, device: torch.device) -> bool:
-    if not is_distributed():
-        return flag
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
-
-
-def _prune(trainer: Trainer, paths: list[Path]) -> None:
-    if trainer.is_global_zero:
-        for path in paths:
-            remove_checkpoint(path)

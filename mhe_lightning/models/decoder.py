@@ -13,6 +13,7 @@ from mhe_lightning.attention.cache import StaticKVCache
 from mhe_lightning.models.layers import (
     Activation,
     Block,
+    Recompute,
     check_length,
     check_sizes,
     document_mask,
@@ -76,7 +77,7 @@ class Decoder(nn.Module):
         self.width = width
         self.max_length = max_length
         self.loss_chunk = loss_chunk
-        self.checkpoint_activations = False
+        self.checkpoint_activations: Recompute = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_length, width)
         self.dropout = nn.Dropout(dropout)
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
             real = padding[:, None, None, :]
             mask = real if mask is None else real & mask
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, D)
-        recompute = self.checkpoint_activations and self.training
+        recompute = self.checkpoint_activations if self.training else False
         x = run_blocks(self.blocks, x, mask, is_causal=static is None, caches=caches, recompute=recompute)
         return self.norm(x)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mhe_lightning.attention import AttentionFactory
 from mhe_lightning.models.layers import (
     Activation,
+    Recompute,
     check_length,
     check_sizes,
     document_mask,
@@ -77,7 +78,7 @@ class Encoder(nn.Module):
         self.vocab_size = vocab_size
         self.width = width
         self.max_length = max_length
-        self.checkpoint_activations = False
+        self.checkpoint_activations: Recompute = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_length, width)
         self.segment_embedding = nn.Embedding(n_segments, width)
@@ -139,6 +140,6 @@ class Encoder(nn.Module):
         if segments is None:
             segments = torch.zeros_like(tokens)
         x = self.token_embedding(tokens) + self.position_embedding(positions) + self.segment_embedding(segments)
-        recompute = self.checkpoint_activations and self.training
+        recompute = self.checkpoint_activations if self.training else False
         x = self.dropout(self.norm(x))
         return run_blocks(self.blocks, x, mask, is_causal=False, kept=kept, recompute=recompute)

@@ -8,15 +8,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mhe_lightning.attention import Attention, AttentionFactory, KVCache
 from mhe_lightning.models.layers import (
     Activation,
     LayerCaches,
+    Recompute,
     check_length,
     check_sizes,
     make_blocks,
+    run_block,
     run_blocks,
     sinusoids,
 )
@@ -93,7 +94,7 @@ class EncoderDecoder(nn.Module):
         self.width = width
         self.max_length = max_length
         self.loss_chunk = loss_chunk
-        self.checkpoint_activations = False
+        self.checkpoint_activations: Recompute = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.target_embedding = self.token_embedding if share_embeddings else nn.Embedding(vocab_size, width)
         self.register_buffer("positions", sinusoids(max_length, width), persistent=False)
@@ -165,7 +166,7 @@ class EncoderDecoder(nn.Module):
         """Hidden states of the encoder, (B, S, D), from token ids (B, S)."""
         check_length(tokens.shape[1], self.max_length)
         x = self._embed(self.token_embedding, tokens, 0)
-        recompute = self.checkpoint_activations and self.training
+        recompute = self.checkpoint_activations if self.training else False
         return run_blocks(self.encoder_blocks, x, _source_mask(padding), is_causal=False, recompute=recompute)
 
     def decode(
@@ -190,10 +191,10 @@ class EncoderDecoder(nn.Module):
         check_length(past + tokens.shape[1], self.max_length)
         x = self._embed(self.target_embedding, tokens, past)
         mask = _source_mask(padding)
-        recompute = self.checkpoint_activations and self.training
+        recompute = self.checkpoint_activations if self.training else False
         for i, block in enumerate(self.decoder_blocks):
             arguments = (x, source, mask, caches[i] if caches else None)
-            x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            x = run_block(block, *arguments, recompute=recompute)
         return x
 
     def _embed(self, embedding: nn.Module, tokens: Tensor, past: int) -> Tensor:

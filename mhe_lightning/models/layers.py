@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mhe_lightning.attention import Attention, AttentionFactory, KVCache
+from mhe_lightning.attention.tensor_parallel import share, split_columns, split_rows
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
+Recompute = bool | Literal["selective"]
+"""Whether a block is computed again in the backward pass; "selective" keeps what is dear to compute."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -42,7 +47,27 @@ class FeedForward(nn.Module):
         self.w_1 = nn.Linear(width, hidden, bias=bias)
         self.w_2 = nn.Linear(hidden, width, bias=bias)
 
+        self.mesh: DeviceMesh | None = None
+
+    def parallelize(self, mesh: DeviceMesh) -> None:
+        """Split the hidden units over the processes of ``mesh`` (tensor parallelism), in place.
+
+        Raises:
+            ValueError: they cannot be divided among the processes.
+        """
+        hidden = self.w_1.out_features
+        if hidden % mesh.size():
+            raise ValueError(
+                f"the feed-forward width ({hidden}) must be a multiple of tensor_parallel ({mesh.size()}), whose "
+                "processes divide it among them"
+            )
+        split_columns(self.w_1, mesh)
+        split_rows(self.w_2, mesh)
+        self.mesh = mesh
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.mesh is not None:
+            x = share(x, self.mesh)
         return self.w_2(ACTIVATIONS[self.activation](self.w_1(x)))
 
 
@@ -116,6 +141,14 @@ class Block(nn.Module):
             return x + self.dropout(self.feed_forward(self.norm_2(x)))
         return self.norm_2(x + self.dropout(self.feed_forward(x)))
 
+    def parallelize(self, mesh: DeviceMesh) -> None:
+        """Split heads and hidden units over the processes of ``mesh`` (tensor parallelism), in place.
+
+        Norms are computed on every process.
+        """
+        self.attention.parallelize(mesh)
+        self.feed_forward.parallelize(mesh)
+
     def residual_projections(self) -> tuple[nn.Linear, ...]:
         """The matrices whose outputs are added to the residual stream."""
         return self.attention.w_o, self.feed_forward.w_2
@@ -185,6 +218,10 @@ class CrossBlock(Block):
         )
         return self.feed(self.norm_cross(x + self.dropout(found.view_as(x))))
 
+    def parallelize(self, mesh: DeviceMesh) -> None:
+        super().parallelize(mesh)
+        self.cross_attention.parallelize(mesh)
+
     def residual_projections(self) -> tuple[nn.Linear, ...]:
         return *super().residual_projections(), self.cross_attention.w_o
 
@@ -246,16 +283,45 @@ def run_blocks(
     is_causal: bool,
     caches: Sequence[KVCache] | None = None,
     kept: Tensor | None = None,
-    recompute: bool = False,
+    recompute: Recompute = False,
 ) -> Tensor:
-    """``x`` (B, T, D) through ``blocks``; with ``recompute`` each block's activations are not kept for backward.
+    """``x`` (B, T, D) through ``blocks``, each as `run_block` runs it.
 
     With ``kept`` (M,), positions along the flattened (B, T), the result is (M, D) at these positions.
     """
     for i, block in enumerate(blocks):
         arguments = (x, mask, is_causal, caches[i] if caches else None, kept if i == len(blocks) - 1 else None)
-        x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+        x = run_block(block, *arguments, recompute=recompute)
     return x
+
+
+def run_block(block: nn.Module, *arguments: Any, recompute: Recompute) -> Tensor:
+    """``block(*arguments)``; with ``recompute`` only the arguments are kept, and the rest computed again for backward.
+
+    "selective" also keeps what matrix products and attention give, which is dear to compute again, and not norms,
+    activations and dropout, which are as large.
+    """
+    if not recompute:
+        return block(*arguments)
+    if recompute != "selective":
+        return checkpoint(block, *arguments, use_reentrant=False)
+    kept = partial(create_selective_checkpoint_contexts, list(DEAR))
+    return checkpoint(block, *arguments, use_reentrant=False, context_fn=kept)
+
+
+aten = torch.ops.aten
+DEAR = (
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops._c10d_functional.all_reduce.default,  # of tensor parallelism
+)
+"""Operators whose results selective checkpointing keeps."""
 
 
 def check_sizes(*, dropout: float, **sizes: int) -> None:

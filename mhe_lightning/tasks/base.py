@@ -10,9 +10,20 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
-from mhe_lightning.distributed import all_reduce_sum, parallelize
+from mhe_lightning.deferred import Deferred
+from mhe_lightning.distributed import (
+    ActivationCheckpointing,
+    all_reduce_sum,
+    data_parallel,
+    gather,
+    own_part,
+    parallelize,
+    release,
+    total_norm,
+)
 
 Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
 
@@ -40,7 +51,9 @@ class Task(LightningModule):
         weight_decay: AdamW's decoupled weight decay.
         decay_also: patterns of further parameter names that decay, such as ``*.attention.e_*`` for head embeddings.
         compile: compile each block with torch.compile.
-        activation_checkpointing: recompute each block's activations in the backward pass instead of keeping them.
+        activation_checkpointing: recompute each block's activations in the backward pass instead of keeping them;
+            "selective" keeps those of matrix products and attention.
+        offload: keep parameters, gradients and the optimizer's state in the CPU's memory (sharded strategies only).
 
     Raises:
         ValueError: an argument is out of range.
@@ -74,7 +87,8 @@ class Task(LightningModule):
         weight_decay: float = 0.1,
         decay_also: Sequence[str] = (),
         compile: bool = False,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = False,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         if lr <= 0:
@@ -100,18 +114,35 @@ class Task(LightningModule):
         self.decay_also = tuple(decay_also)
         self.compile_blocks = compile
         self.activation_checkpointing = activation_checkpointing
+        self.offload = offload
+        self.deferred: Deferred | None = None
+        self._data_parallel: ProcessGroup | None = None
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long))
         self.tokens_seen: Tensor
         self._window: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def configure_model(self) -> None:
-        parallelize(self.net, compile=self.compile_blocks, activation_checkpointing=self.activation_checkpointing)
+        mesh = self.device_mesh  # None but for sharded strategies
+        parallelize(
+            self,
+            mesh,
+            compile=self.compile_blocks,
+            activation_checkpointing=self.activation_checkpointing,
+            param_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
+            offload=self.offload,
+            deferred=self.deferred,
+        )
+        self.deferred = None
+        self._data_parallel = None if mesh is None else data_parallel(mesh).get_group()
+        for module in self.modules():
+            if isinstance(module, Metric):  # tensor-parallel ranks see the same rows
+                module.process_group = self._data_parallel
 
     # Optimizer
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         decayed, others = self._parameter_groups()
-        return torch.optim.AdamW(
+        return LocalAdamW(
             [{"params": decayed, "weight_decay": self.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=self.lr,
             betas=self.betas,
@@ -140,10 +171,15 @@ class Task(LightningModule):
         # Lightning refuses to clip for fused optimizers in mixed precision, for the sake of float16's gradient scaler
         if not gradient_clip_val:
             return
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        else:
-            self.log("grad_norm", nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val))
+            for gradient in gradients:
+                own_part(gradient).clamp_(-gradient_clip_val, gradient_clip_val)
+            return
+        norm = total_norm(gradients)
+        share = (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        torch._foreach_mul_([own_part(gradient) for gradient in gradients], share)
+        self.log("grad_norm", norm)
 
     def on_train_start(self) -> None:
         if str(self.trainer.precision).startswith("16"):
@@ -175,13 +211,13 @@ class Task(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         window = torch.stack([torch.stack([value.double() for value in entry]) for entry in self._window])
         self._window = []
-        totals = all_reduce_sum(window.sum(0))  # loss, targets, tokens
+        totals = all_reduce_sum(window.sum(0), self._data_parallel)  # loss, targets, tokens
         # the gradient now is that of the sum over this rank's targets, over micro-batches and averaged over ranks
         # (Lightning divides by the former, data parallelism by the latter)
         scale = self.trainer.accumulate_grad_batches * _data_parallel_size(self) / totals[1].clamp_min(1)
         for parameter in self.parameters():
             if parameter.grad is not None:
-                parameter.grad.mul_(scale.to(parameter.grad.dtype))
+                own_part(parameter.grad).mul_(scale.to(parameter.grad.dtype))
         rate = self.lr * self.learning_rate(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -200,7 +236,25 @@ class Task(LightningModule):
             ValueError: it is another.
         """
 
-    # Evaluation
+    # Evaluation: each rank runs its net as often as its own rows need, so it must have all of it
+
+    def on_validation_start(self) -> None:
+        gather(self)
+
+    def on_test_start(self) -> None:
+        gather(self)
+
+    def on_predict_start(self) -> None:
+        gather(self)
+
+    def on_validation_end(self) -> None:
+        release(self)
+
+    def on_test_end(self) -> None:
+        release(self)
+
+    def on_predict_end(self) -> None:
+        release(self)
 
     def merge_predictions(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """What `predict` writes, from what ``predict_step`` gave for all rows of the set, in their order."""
@@ -211,6 +265,20 @@ class Task(LightningModule):
         self.log_dict({f"{split}/{name}": value for name, value in results.items()}, prog_bar=True)
         if self.trainer.state.fn == "fit":
             self.log("step", float(self.global_step))  # the loggers' axis
+
+
+class LocalAdamW(torch.optim.AdamW):
+    """AdamW on what each process has of parameters that are spread over several.
+
+    It works number by number, so nothing else is needed; torch's fused one takes no parameters of several layouts.
+    """
+
+    def _init_group(self, group: dict[str, Any], *found: Any) -> bool:
+        has_complex: bool = super()._init_group(group, *found)
+        for tensors in found:
+            if isinstance(tensors, list):
+                tensors[:] = map(own_part, tensors)
+        return has_complex
 
 
 def results_of(metric: Metric) -> dict[str, Tensor]:

@@ -6,16 +6,19 @@ import logging
 import os
 import sys
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import nn
 
 from mhe_lightning import run
 from mhe_lightning.accounting import parameters_by_part
@@ -38,21 +41,28 @@ from mhe_lightning.checkpoint import (
 )
 from mhe_lightning.data import ExactDataModule
 from mhe_lightning.data.tokenizer import tokenizer_hash
+from mhe_lightning.deferred import Deferred
 from mhe_lightning.errors import UserError
-from mhe_lightning.experiment import ExperimentCLI
+from mhe_lightning.experiment import ExperimentCLI, class_of
 from mhe_lightning.files import write_text
 from mhe_lightning.parsing import as_user_error, data_module
 from mhe_lightning.pretrained import load_pretrained, take_tokenizer
+from mhe_lightning.signals import END_SIGNALS, requeue, take_over
+from mhe_lightning.strategies import Sharded
 
 
 def main(verb: str, args: list[str]) -> None:
     _quieten()
     try:
         with ExitStack() as held:
+            if verb == "fit":
+                held.enter_context(END_SIGNALS.listening())
             TrainCLI(verb, args, held)
     except SIGTERMException:
         print("terminated: the last step is saved; go on with --ckpt_path auto", file=sys.stderr)
-        sys.exit(143)  # Lightning's own code is 0, which a scheduler takes for "finished"
+        if _rank() == 0 and (answer := requeue()) is not None:
+            print(answer, file=sys.stderr)
+        sys.exit(143)  # as SIGTERM's; Lightning's own code is 0, which a scheduler takes for "finished"
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits with 1
             raise KeyboardInterrupt from error
@@ -101,6 +111,21 @@ class TrainCLI(ExperimentCLI):
         take_tokenizer(options.data.init_args, begins_with)
         self._prepare_data(options)
         self._compare_with_checkpoint(options)
+
+    def instantiate_classes(self) -> None:
+        """Where a model is sharded, no process builds all of it: each fills its part when it is laid out."""
+        options = self.config[self.subcommand]
+        deferred = Deferred() if _is_sharded(options.trainer.strategy) and not self._begins_with_weights else None
+        if deferred is not None:
+            self._parser(self.subcommand).add_instantiator(_without_memory, nn.Module, subclasses=True)
+        with nullcontext() if deferred is None else deferred.recording():
+            super().instantiate_classes()
+        self.model.deferred = deferred
+
+    @property
+    def _begins_with_weights(self) -> bool:
+        options = self.config[self.subcommand]
+        return self.subcommand == "fit" and options.init_from is not None and options.ckpt_path is None
 
     def _parse_ckpt_path(self) -> None:
         """Lightning's reads hyperparameters from the file, before anyone has checked it. Ours hold a config."""
@@ -154,12 +179,16 @@ class TrainCLI(ExperimentCLI):
         elif logger in (None, True):
             logger = TensorBoardLogger(self.folder, name="", version="", sub_dir="tensorboard")
         kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))  # its signals are ours
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             kwargs["enable_progress_bar"] = False  # plain lines instead
         elif options.enable_progress_bar is not False:
             # the default bar shows "Epoch 0/-2" for training that ends at a step
             kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar()]
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=logger, **kwargs)
+        if self.subcommand == "fit":
+            take_over(trainer)
         seed = int(self.config[self.subcommand].seed_everything)
         throughput = Throughput()
         added = [ExactResume(seed), throughput, RunRecord(self._config_text(), seed, throughput), Predictions()]
@@ -180,7 +209,7 @@ class TrainCLI(ExperimentCLI):
         self._check_data()
         options = self.config[self.subcommand]
         begun = None
-        if options.init_from is not None and options.ckpt_path is None:
+        if self._begins_with_weights:
             begun = load_pretrained(
                 self.model,
                 run_of(Path(options.init_from))[1],
@@ -269,6 +298,15 @@ class TrainCLI(ExperimentCLI):
             print(f"predictions: {self.folder / PREDICTIONS}")
             for path in sorted((self.folder / SUBMISSION).glob("*")):
                 print(f"submission:  {path}")
+
+
+def _is_sharded(strategy: Any) -> bool:
+    return isinstance(strategy, Namespace) and issubclass(class_of(strategy.class_path), Sharded)
+
+
+def _without_memory(class_type: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    with torch.device("meta"):
+        return class_type(*args, **kwargs)
 
 
 def _check_trainer(options: Namespace) -> None:
