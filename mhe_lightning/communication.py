@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from mhe_lightning.attention import Attention
+from mhe_lightning.distributed import mesh_sizes
 from mhe_lightning.models.layers import FeedForward
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast"]
@@ -68,24 +69,9 @@ class Layout:
             raise ValueError(f"shards ({self.shards}) and parts ({self.parts}) need a sharding strategy: sharded=True")
 
     @classmethod
-    def of_shards(cls, world_size: int, shards: int | None = None, parts: int = 1) -> Layout:
-        """The layout of FSDP2, tensor parallelism and both.
-
-        Args:
-            world_size: all processes.
-            shards: processes of a shard group; as many as there are for data parallelism if not given.
-            parts: tensor-parallel processes.
-
-        Raises:
-            ValueError: the processes cannot be arranged so.
-        """
-        groups, rest = divmod(world_size, parts)
-        if rest:
-            raise ValueError(f"tensor_parallel ({parts}) must divide the number of processes ({world_size})")
-        shards = groups if shards is None else shards
-        if groups % shards:
-            raise ValueError(f"shard ({shards}) must divide the number of data-parallel processes ({groups})")
-        return cls(groups // shards, shards, parts, sharded=True)
+    def of_shards(cls, world_size: int, shard: int | None = None, tensor_parallel: int = 1) -> Layout:
+        """The layout of FSDP2, tensor parallelism and both; arguments and errors as of `distributed.new_mesh`."""
+        return cls(*mesh_sizes(world_size, shard, tensor_parallel), sharded=True)
 
     @property
     def world_size(self) -> int:
@@ -274,7 +260,7 @@ def split_shapes(module: nn.Module, parts: int) -> dict[int, torch.Size]:
         if isinstance(part, FeedForward):
             hidden = part.w_1.out_features
             if hidden % parts:
-                raise ValueError(f"{parts} tensor-parallel parts must divide the feed-forward width ({hidden})")
+                raise ValueError(f"the feed-forward width ({hidden}) must be a multiple of tensor_parallel ({parts})")
             split(part.w_1.weight)
             split(part.w_1.bias)
             split(part.w_2.weight, 1)
@@ -301,23 +287,19 @@ def can_split(module: nn.Module, parts: int) -> bool:
 def check_heads(attention: Attention, parts: int) -> None:
     """Raise a ValueError unless the heads of ``attention`` can be split into ``parts``."""
     if attention.n_heads % parts:
-        raise ValueError(
-            f"{parts} tensor-parallel parts must divide n_heads ({attention.n_heads}), as "
-            f"{_near(parts, attention.n_heads)} do"
-        )
+        raise ValueError(f"n_heads ({attention.n_heads}) must be a multiple of tensor_parallel ({parts})")
     for projection in split_projections(attention):
         heads = projection.out_features // attention.head_dim
         if heads % parts:
             raise ValueError(
-                f"{parts} tensor-parallel parts must divide the {heads} heads of keys and values of "
-                f"{type(attention).__name__}, as {_near(parts, heads)} do; one head of them is not split"
+                f"the {heads} heads of keys and values must be a multiple of tensor_parallel ({parts}), or one head"
             )
 
 
 def has_one_head(attention: Attention) -> bool:
-    """Whether all heads of ``attention`` are one, so that there is nothing to split."""
+    """Whether one head is there for all, so that there is nothing to split."""
     with torch.no_grad():
-        return attention.query(_one_token(attention)).shape[1] == 1
+        return attention.query(_one_token(attention)).shape[1] < attention.n_heads
 
 
 def splits_context(attention: Attention) -> bool:
@@ -343,7 +325,3 @@ def _projections(attention: Attention) -> list[nn.Linear]:
 def _one_token(attention: Attention) -> Tensor:
     weight = attention.w_o.weight
     return torch.empty(1, 1, attention.width, dtype=weight.dtype, device=weight.device)
-
-
-def _near(parts: int, number: int) -> str:
-    return ", ".join(str(n) for n in range(2, number + 1) if number % n == 0) or "none"

@@ -175,6 +175,12 @@ def new_mesh(device_type: str, *, world_size: int, shard: int | None, tensor_par
     Raises:
         ValueError: the sizes do not divide the processes.
     """
+    sizes = mesh_sizes(world_size, shard, tensor_parallel)
+    return dist.init_device_mesh(device_type, sizes, mesh_dim_names=(REPLICATE, SHARD, TENSOR_PARALLEL))
+
+
+def mesh_sizes(world_size: int, shard: int | None, tensor_parallel: int) -> tuple[int, int, int]:
+    """How many replicas, shards and tensor-parallel parts there are; arguments and errors as of `new_mesh`."""
     for name, size in (("tensor_parallel", tensor_parallel), ("shard", shard)):
         if size is not None and size < 1:
             raise ValueError(f"{name} ({size}) must be at least 1")
@@ -187,8 +193,7 @@ def new_mesh(device_type: str, *, world_size: int, shard: int | None, tensor_par
             f"shard ({shard}) must divide the {data_parallel} data-parallel processes ({world_size} processes / "
             f"tensor_parallel {tensor_parallel})"
         )
-    sizes = (data_parallel // shard, shard, tensor_parallel)
-    return dist.init_device_mesh(device_type, sizes, mesh_dim_names=(REPLICATE, SHARD, TENSOR_PARALLEL))
+    return data_parallel // shard, shard, tensor_parallel
 
 
 def data_parallel(mesh: DeviceMesh) -> DeviceMesh:

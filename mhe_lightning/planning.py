@@ -58,6 +58,11 @@ class Precision:
     weights: torch.dtype
     autocast: torch.dtype | None
 
+    @property
+    def computing(self) -> torch.dtype:
+        """What most operations are in, and what a sharded model is gathered in."""
+        return self.autocast or self.weights
+
 
 PRECISIONS = {
     "32-true": Precision(torch.float32, None),
@@ -243,6 +248,7 @@ class Experiment:
         self.world_size = world_size or processes_of(config.trainer)
         self.strategy = _strategy_name(config.trainer.strategy)
         self.layout = layout_of(config.trainer.strategy, self.world_size)
+        self._bucket_view = bool(_settings(config.trainer.strategy).get("gradient_as_bucket_view"))
         spec = config.model.clone()
         spec.init_args.net.init_args.vocab_size = self.vocab_size
         spec.init_args.max_steps = max(1, config.trainer.max_steps)
@@ -331,7 +337,8 @@ class Experiment:
             name: of the attention.
             sizes: what was changed for it, to record.
             trace: whether to follow a step.
-            layouts: further ones to count for, by names; each rank has the micro-batch that it has in the config's.
+            layouts: further ones to count for, by names; each rank has the micro-batch that it has in the config's, and
+                gradients are views of their buckets, as in configs/strategy/ddp.yaml.
 
         Raises:
             ValueError: the net cannot be laid out as the config says.
@@ -355,7 +362,7 @@ class Experiment:
         found = collectives(
             task,
             layout,
-            gathered=self.precision.autocast or self.precision.weights,
+            gathered=self.precision.computing,
             reduced=self.precision.weights,
             micro_batches=micro_batches,
             exchanged=followed.exchanged() if layout.parts > 1 else None,
@@ -370,7 +377,7 @@ class Experiment:
             self.data.largest_batch(self.layout.data_parallel),
             dtype=self.precision.weights,
             autocast=self.precision.autocast,
-            fused_attention=self.on_gpu,
+            as_on_gpu=self.on_gpu,
         )
 
     def _of_depth(self, step: Step, depths: tuple[int, int], count: Callable[[Step], Counts]) -> Counts:
@@ -389,7 +396,7 @@ class Experiment:
         gradients = padded((p for p in task.parameters() if p.requires_grad), layout, shapes) // layout.shards * size
         # gradients are counted apart from what a micro-batch needs, if they are sharded or kept from the one before
         accumulating = layout.sharded or self.config.trainer.accumulate_grad_batches > 1
-        step = followed.memory(layout.parts, accumulating)
+        step = followed.memory(layout.parts, layout.sharded, accumulating)
         activations = step.peak
         if not accumulating:
             # Lightning drops the last step's gradients after the forward pass; those of this one come in the backward
@@ -397,11 +404,11 @@ class Experiment:
         communication = 0
         if layout.shards > 1:
             *sizes, root = (padded(group, layout, shapes) for group in parameter_groups(task))
-            gathered = (self.precision.autocast or self.precision.weights).itemsize
+            gathered = self.precision.computing.itemsize
             # embeddings and heads, for the whole step; the block that is computed and the next one, which is fetched
             # meanwhile; and the largest gradient
             communication = (root + 2 * max(sizes, default=0)) * gathered + max(root, *sizes) * size
-        elif layout.replicas > 1:
+        elif layout.replicas > 1 and layout is self.layout and not self._bucket_view:
             communication = gradients  # the buckets are a copy of them
         return Memory(weights, gradients, ADAMW_STATES * gradients, activations, communication)
 
@@ -415,6 +422,7 @@ class _Followed:
 
     def __init__(self, experiment: Experiment) -> None:
         self._step = experiment._step()
+        self._of_gathered = replace(self._step, dtype=experiment.precision.computing)
         self._of_depth = experiment._of_depth
         self.flops = cache(self._flops)
         self.memory = cache(self._memory)
@@ -423,12 +431,12 @@ class _Followed:
     def _flops(self, parts: int) -> Flops:
         return self._of_depth(replace(self._step, parts=parts), FLOPS_DEPTHS, Step.flops)
 
-    def _memory(self, parts: int, accumulating: bool) -> StepMemory:
-        step = replace(self._step, parts=parts, accumulating=accumulating)
+    def _memory(self, parts: int, sharded: bool, accumulating: bool) -> StepMemory:
+        step = replace(self._of_gathered if sharded else self._step, parts=parts, accumulating=accumulating)
         return self._of_depth(step, MEMORY_DEPTHS, Step.memory)
 
     def _exchanged(self) -> Exchanged:
-        return self._of_depth(self._step, FLOPS_DEPTHS, Step.exchanged)
+        return self._of_depth(self._of_gathered, FLOPS_DEPTHS, Step.exchanged)
 
 
 def _tokens_in(batch: Mapping[str, Any]) -> int:
@@ -468,10 +476,14 @@ def layout_of(strategy: Any, world_size: int) -> Layout:
     """
     if world_size == 1 or not any(name in _strategy_name(strategy) for name in SHARDED):
         return Layout(world_size)
-    settings = strategy.get("init_args") if isinstance(strategy, Namespace) else None
-    settings = settings or Namespace()
+    settings = _settings(strategy)
     parts = settings.get("tensor_parallel", settings.get("tensor_parallel_size"))
     return Layout.of_shards(world_size, settings.get("shard"), parts if isinstance(parts, int) else 1)
+
+
+def _settings(strategy: Any) -> Namespace:
+    """Arguments of a strategy, those that a config gives."""
+    return (strategy.get("init_args") if isinstance(strategy, Namespace) else None) or Namespace()
 
 
 def _strategy_name(strategy: Any) -> str:

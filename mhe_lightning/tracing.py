@@ -76,8 +76,8 @@ class Step:
         batch: a training batch of the shape to plan for. Where its ``targets`` are -100 nothing is predicted.
         dtype: of the weights.
         autocast: dtype of mixed precision, such as ``torch.bfloat16``; None for none.
-        fused_attention: take attention dropout for part of the attention kernel, as on GPUs; a CPU's kernel has none,
-            so that torch keeps all attention weights there.
+        as_on_gpu: take attention dropout for part of the attention kernel (a CPU's has none, so that torch keeps all
+            attention weights there), and compute norms in float32 in mixed precision.
         accumulating: there are gradients from an earlier micro-batch, to which this one's are added; they are not
             counted then.
         parts: processes that share the heads and feed-forward layers; one of them is followed.
@@ -87,7 +87,7 @@ class Step:
     batch: Batch
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
-    fused_attention: bool = False
+    as_on_gpu: bool = False
     accumulating: bool = False
     parts: int = 1
 
@@ -139,10 +139,12 @@ class Step:
             task.configure_model()
             if self.parts > 1:
                 _keep_part(task, self.parts)
-            if self.fused_attention:
+            if self.as_on_gpu:
                 for module in task.modules():
                     if isinstance(module, Attention):
                         module.dropout = 0.0
+                    elif isinstance(module, nn.LayerNorm) and self.autocast is not None:
+                        module.register_forward_hook(lambda module, inputs, output: output.float())
             batch = {k: torch.empty_like(v) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
 
             def loss() -> Tensor:
@@ -278,6 +280,7 @@ class _PartialSums:
 
     def __init__(self, task: Task) -> None:
         self.recomputing = False
+        self._sums_again = getattr(task.net, "checkpoint_activations", False) is True  # "selective" keeps sums
         self._found: Counter[str] = Counter()
         for module in task.modules():
             if isinstance(module, FeedForward):
@@ -304,8 +307,10 @@ class _PartialSums:
             self._watch(part)
 
     def _output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        name = "recomputed" if self.recomputing else "forward"
-        self._count(name, output)
+        if not self.recomputing:
+            self._count("forward", output)
+        elif self._sums_again:
+            self._count("recomputed", output)
 
     def _watch(self, tensor: Tensor) -> None:
         """Count the gradient of ``tensor``, of which each process has a part; a recomputed one has none."""

@@ -7,23 +7,25 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from attention.oracle import VARIANTS
-from mhe_lightning.communication import Layout, collectives
+from mhe_lightning.communication import Layout, can_split, collectives, padded, split_shapes
+from mhe_lightning.distributed import new_mesh, parallelize
 from mhe_lightning.models import Decoder, EncoderDecoder
+from mhe_lightning.tracing import count_flops
 from processes import _free_port
+from test_tracing import TASKS, step_of
 
 V, T, N, D = 37, 8, 4, 16  # N heads of 4
 KINDS = {
@@ -53,10 +55,13 @@ class Traffic(TorchDispatchMode):
 
 
 @contextmanager
-def pretended(world_size: int) -> Iterator[None]:
-    """A process group of which this process is the first; what it sends reaches nobody."""
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+def laid_out(model: nn.Module, layout: Layout, dtype: torch.dtype, checkpointing: bool | str = False) -> Iterator[None]:
+    """``model`` as the first process of ``layout`` has it; the others are pretended, and nothing reaches them."""
+    dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
     try:
+        mesh = new_mesh("cpu", world_size=layout.world_size, shard=layout.shards, tensor_parallel=layout.parts)
+        param_dtype = None if dtype == torch.float32 else dtype
+        parallelize(model, mesh, activation_checkpointing=checkpointing, param_dtype=param_dtype)
         yield
     finally:
         dist.destroy_process_group()
@@ -64,10 +69,6 @@ def pretended(world_size: int) -> Iterator[None]:
 
 def decoder(variant: str) -> Decoder:
     return Decoder(V, VARIANTS[variant].build, width=D, n_heads=N, n_layers=3, max_length=T, dropout=0.0)
-
-
-def backward(net: nn.Module) -> None:
-    net.loss(net(torch.randint(V, (2, T))), torch.randint(V, (2, T))).backward()
 
 
 def stated(found) -> tuple[dict[str, int], dict[str, int]]:
@@ -79,33 +80,81 @@ def stated(found) -> tuple[dict[str, int], dict[str, int]]:
     return dict(nbytes), dict(calls)
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize(
-    "layout", [Layout.of_shards(p, s) for p, s in ((8, 8), (8, 4), (64, 8), (64, 64), (1024, 8), (1024, 1024))], ids=str
-)
+LAYOUTS = [Layout.of_shards(*sizes) for sizes in ((8, 8), (8, 4), (64, 8), (64, 64), (1024, 8), (1024, 1024))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("variant", ["mha", "mhe_add", "sha"])
-def test_sharding_sends_what_is_stated(variant, layout, mixed):
+def test_sharding_sends_what_is_stated_at_every_size(variant, layout, dtype):
     net = decoder(variant)
-    gathered = torch.bfloat16 if mixed else torch.float32
-    expected = stated(collectives(net, layout, gathered=gathered, micro_batches=2))
-    with pretended(layout.world_size):
-        sizes, names = (layout.replicas, layout.shards), ("replicas", "shards")
-        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=names)
-        if layout.replicas == 1:
-            mesh = mesh["shards"]
-        policy = (
-            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            if mixed
-            else MixedPrecisionPolicy()
-        )
-        for block in net.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        fully_shard(net, mesh=mesh, mp_policy=policy)
-        with Traffic() as traffic:
-            for _ in range(2):
-                backward(net)
+    expected = stated(collectives(net, layout, gathered=dtype, micro_batches=2))
+    with laid_out(net, layout, dtype), Traffic() as traffic:
+        for _ in range(2):
+            net.loss(net(torch.randint(V, (2, T))), torch.randint(V, (2, T))).backward()
     assert (dict(traffic.nbytes), dict(traffic.calls)) == expected
     assert expected[0]["all_gather"] > 0
+
+
+BF16 = {"autocast": torch.bfloat16, "dtype": torch.bfloat16}
+CASES = [
+    *(pytest.param("decoder", variant, (4, None, 2), {}, id=variant) for variant in VARIANTS),
+    *(pytest.param(task, "mhe_add", (4, None, 2), {}, id=task) for task in TASKS if task != "decoder"),
+    pytest.param("translation", "mqa", (4, None, 2), {}, id="across, one head of keys"),
+    pytest.param("translation", "el", (8, 2, 2), {}, id="across, slices, hybrid"),
+    pytest.param("decoder", "mha", (4, 1, 4), {}, id="parts alone"),
+    pytest.param("decoder", "mha", (1024, 8, 4), {}, id="1,024 processes"),
+    pytest.param("decoder", "mha", (4, None, 2), {"checkpointing": True}, id="recomputed"),
+    pytest.param("decoder", "mhe_multiply", (4, None, 2), {"checkpointing": "selective"}, id="kept"),
+    pytest.param("decoder", "mqa", (4, None, 2), BF16, id="bf16"),
+    pytest.param("decoder", "mhe_add", (4, None, 2), {**BF16, "checkpointing": True}, id="bf16, recomputed"),
+]
+
+
+@pytest.mark.parametrize(("kind", "variant", "sizes", "settings"), CASES)
+def test_a_laid_out_task_sends_computes_and_holds_what_is_stated(kind, variant, sizes, settings):
+    layout = Layout.of_shards(*sizes)
+    dtype, autocast = settings.get("dtype", torch.float32), settings.get("autocast")
+    step = step_of(kind, variant, **settings)
+    task = step_of(kind, variant, **{**settings, "dtype": torch.float32}).make_task().train()
+    expected = stated(collectives(task, layout, gathered=dtype, exchanged=step.exchanged()))
+    numbers = padded(task.parameters(), layout, split_shapes(task, layout.parts))
+    with (
+        laid_out(task, layout, dtype, settings.get("checkpointing", False)),
+        Traffic() as traffic,
+        count_flops() as flops,
+    ):
+        assert sum(p.to_local().untyped_storage().nbytes() for p in task.parameters()) == numbers // layout.shards * 4
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast is not None):
+            loss = task.training_step(step.batch, 0)
+        loss.backward()
+    assert (dict(traffic.nbytes), dict(traffic.calls)) == expected
+    assert flops.get_total_flops() == replace(step, parts=layout.parts).flops().training
+
+
+@pytest.mark.parametrize("variant", ["mha", "mhe_add"])
+def test_parts_save_memory(variant):
+    whole, part = step_of("decoder", variant), step_of("decoder", variant, parts=2)
+    assert part.memory().kept < 0.8 * whole.memory().kept
+
+
+def test_heads_that_share_projections_have_less_to_sum():
+    """The gradients of three projections to d numbers instead of that of an input of n·d."""
+    many, shared, one = (step_of("decoder", variant).exchanged() for variant in ("mha", "mhe_add", "sha"))
+    assert many.forward == shared.forward
+    feed_forward = one.backward  # which is all that is split where there is one head
+    n = 4
+    assert (shared.backward - feed_forward) * n == 3 * (many.backward - feed_forward)
+
+
+@pytest.mark.parametrize(
+    ("variant", "parts", "message"),
+    [("mha", 3, "n_heads"), ("gqa2", 4, "heads of keys and values"), ("sha", 5, "feed-forward width")],
+)
+def test_what_cannot_be_split_is_refused(variant, parts, message):
+    with pytest.raises(ValueError, match=message):
+        split_shapes(decoder(variant), parts)
+    assert not can_split(decoder(variant), parts)
 
 
 def test_a_matrix_with_fewer_rows_than_shards_is_gathered_as_if_it_had_as_many():

@@ -20,12 +20,12 @@ def of(kind="all_gather", group="shards", carries="parameters", during="forward"
     [
         pytest.param(Layout.of_shards(8), "shards", 100, id="one node"),
         pytest.param(Layout.of_shards(64), "shards", 80, id="eight adapters of each node"),
-        pytest.param(Layout.of_shards(64, shards=8), "replicas", 10, id="one process of each node"),
-        pytest.param(Layout.of_shards(64, shards=8), "shards", 100, id="shards in a node"),
-        pytest.param(Layout.of_shards(64, parts=2), "shards", 40, id="every second process of a node"),
-        pytest.param(Layout.of_shards(64, parts=2), "parts", 100, id="parts in a node"),
-        pytest.param(Layout.of_shards(64, parts=16), "parts", 80, id="parts of two nodes"),
-        pytest.param(Layout.of_shards(64, parts=16), "shards", 10, id="shards that are nodes apart"),
+        pytest.param(Layout.of_shards(64, shard=8), "replicas", 10, id="one process of each node"),
+        pytest.param(Layout.of_shards(64, shard=8), "shards", 100, id="shards in a node"),
+        pytest.param(Layout.of_shards(64, tensor_parallel=2), "shards", 40, id="every second process of a node"),
+        pytest.param(Layout.of_shards(64, tensor_parallel=2), "parts", 100, id="parts in a node"),
+        pytest.param(Layout.of_shards(64, tensor_parallel=16), "parts", 80, id="parts of two nodes"),
+        pytest.param(Layout.of_shards(64, tensor_parallel=16), "shards", 10, id="shards that are nodes apart"),
     ],
 )
 def test_a_group_sends_as_fast_as_its_links(layout, group, gigabytes_per_second):
@@ -74,7 +74,8 @@ def test_what_is_sent_is_hidden_behind_its_own_pass():
 
 
 def test_sums_of_partial_activations_are_waited_for():
-    time = times(of("all_reduce", "parts", "activations", nbytes=seconds(0.5)), layout=Layout.of_shards(8, parts=8))
+    sums = of("all_reduce", "parts", "activations", nbytes=seconds(0.5))
+    time = times(sums, layout=Layout.of_shards(8, tensor_parallel=8))
     assert time.waiting == pytest.approx(1)
     assert time.hidden == 0
     assert time.overlapped == time.serial == pytest.approx(4)

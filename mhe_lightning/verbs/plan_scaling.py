@@ -76,9 +76,9 @@ def layouts_of(options: argparse.Namespace) -> dict[str, Layout]:
         found[f"{n:,} processes by DDP"] = Layout(n)
         found[f"{n:,} processes by FSDP"] = Layout.of_shards(n)
         if n > node and n % node == 0:
-            found[f"{n:,} processes by hybrid sharding"] = Layout.of_shards(n, shards=node)
+            found[f"{n:,} processes by hybrid sharding"] = Layout.of_shards(n, shard=node)
         if n % parts == 0 and parts > 1:
-            found[f"{n:,} processes by tensor parallelism"] = Layout.of_shards(n, parts=parts)
+            found[f"{n:,} processes by tensor parallelism"] = Layout.of_shards(n, tensor_parallel=parts)
     return found
 
 
