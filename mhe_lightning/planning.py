@@ -30,6 +30,7 @@ from mhe_lightning.data import ExactDataModule
 from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
 from mhe_lightning.experiment import LINKED, attribute, class_of
 from mhe_lightning.parsing import Parser, data_module
+from mhe_lightning.scaling import Cluster, StepTime, step_time
 from mhe_lightning.tasks import Task
 from mhe_lightning.tracing import Counts, Flops, Step, StepMemory, of_depth
 
@@ -107,6 +108,7 @@ class Share:
         layout: how the processes are arranged.
         memory: at its height.
         flops: of a micro-batch.
+        needed_flops: a fair share of a micro-batch's, where nothing is computed twice.
         collectives: of the whole step.
         tokens: of a micro-batch.
         micro_batches: of the step.
@@ -115,6 +117,7 @@ class Share:
     layout: Layout
     memory: Memory
     flops: Flops
+    needed_flops: float
     collectives: Sequence[Collective]
     tokens: int
     micro_batches: int
@@ -123,6 +126,20 @@ class Share:
     def sent(self) -> float:
         """Bytes that the process sends, and receives as many."""
         return sum(collective.sent(self.layout) for collective in self.collectives)
+
+    def time(self, cluster: Cluster, rate: float) -> StepTime:
+        """How long the step takes on a cluster, at a rate of matrix operations per second and process."""
+        return step_time(
+            cluster,
+            self.layout,
+            self.collectives,
+            rate=rate,
+            forward_flops=self.flops.forward,
+            training_flops=self.flops.training,
+            needed_flops=self.needed_flops,
+            tokens=self.tokens,
+            micro_batches=self.micro_batches,
+        )
 
 
 @dataclass(frozen=True)
@@ -369,7 +386,8 @@ class Experiment:
         )
         memory = self._memory(task, layout, followed)
         tokens = _tokens_in(self._step().batch)
-        return Share(layout, memory, followed.flops(layout.parts), found, tokens, micro_batches)
+        needed = followed.flops(1).training / layout.parts
+        return Share(layout, memory, followed.flops(layout.parts), needed, found, tokens, micro_batches)
 
     def _step(self) -> Step:
         return Step(

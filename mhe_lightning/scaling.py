@@ -64,7 +64,9 @@ class StepTime:
     """Seconds of an optimizer step.
 
     Args:
-        computing: of the matrix products, with what tensor-parallel processes compute alike.
+        tokens: that all processes read.
+        ideal: if nothing had to be sent and nothing computed by several processes alike.
+        computing: of the matrix products.
         waiting: of tensor parallelism's sums, which nothing can hide.
         sending: of everything else that is sent.
         exposed: of ``sending``, what remains where it overlaps as well as can be: parameters with the forward pass,
@@ -73,6 +75,8 @@ class StepTime:
             nothing is sent.
     """
 
+    tokens: int
+    ideal: float
     computing: float
     waiting: float
     sending: float
@@ -95,6 +99,21 @@ class StepTime:
         total = self.waiting + self.sending
         return (self.sending - self.exposed) / total if total else None
 
+    @property
+    def efficiency(self) -> float:
+        """Of the ideal speed, what is left at best."""
+        return self.ideal / self.overlapped
+
+    @property
+    def serial_efficiency(self) -> float:
+        """Of the ideal speed, what is left if nothing overlaps."""
+        return self.ideal / self.serial
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all processes, at best."""
+        return self.tokens / self.overlapped
+
 
 def step_time(
     cluster: Cluster,
@@ -104,6 +123,7 @@ def step_time(
     rate: float,
     forward_flops: float,
     training_flops: float,
+    needed_flops: float,
     tokens: int,
     micro_batches: int = 1,
 ) -> StepTime:
@@ -116,6 +136,7 @@ def step_time(
         rate: matrix operations that a process does in a second: its peak × the share of it that is used (MFU).
         forward_flops: of one process's micro-batch, in the forward pass.
         training_flops: of one process's micro-batch, in all.
+        needed_flops: a process's fair share of a micro-batch: less, where parts of a model compute something alike.
         tokens: of one process's micro-batch.
         micro_batches: that a step accumulates.
     """
@@ -133,6 +154,8 @@ def step_time(
             exposed += max(0.0, seconds - n * computing)
             tightest = max(tightest, seconds / n / computing)
     return StepTime(
+        tokens=layout.data_parallel * micro_batches * tokens,
+        ideal=micro_batches * needed_flops / rate,
         computing=micro_batches * sum(passes.values()),
         waiting=waiting,
         sending=sending,

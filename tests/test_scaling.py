@@ -53,7 +53,9 @@ def test_a_sum_over_many_nodes_goes_through_a_tree():
 
 def times(*found, micro_batches=1, layout=None):
     """Of a step whose micro-batch computes for 1 s forward and 2 s backward."""
-    sizes = dict(rate=1.0, forward_flops=1.0, training_flops=3.0, tokens=1000, micro_batches=micro_batches)
+    sizes = dict(
+        rate=1.0, forward_flops=1.0, training_flops=3.0, needed_flops=2.5, tokens=1000, micro_batches=micro_batches
+    )
     return step_time(CLUSTER, layout or Layout.of_shards(8), found, **sizes)
 
 
@@ -71,6 +73,9 @@ def test_what_is_sent_is_hidden_behind_its_own_pass():
     assert time.overlapped == pytest.approx(3.5)
     assert time.serial == pytest.approx(6)
     assert time.hidden == pytest.approx(2.5 / 3)
+    assert time.efficiency == pytest.approx(2.5 / 3.5)
+    assert time.serial_efficiency == pytest.approx(2.5 / 6)
+    assert time.tokens_per_second == pytest.approx(8 * 1000 / 3.5)
 
 
 def test_sums_of_partial_activations_are_waited_for():
@@ -92,7 +97,14 @@ def test_from_the_critical_tokens_on_everything_is_hidden():
     time = times(found)
     assert time.critical_tokens == pytest.approx(1500)
     longer = step_time(
-        CLUSTER, Layout.of_shards(8), [found], rate=1.0, forward_flops=1.5, training_flops=4.5, tokens=1500
+        CLUSTER,
+        Layout.of_shards(8),
+        [found],
+        rate=1.0,
+        forward_flops=1.5,
+        training_flops=4.5,
+        needed_flops=4.5,
+        tokens=1500,
     )
     assert longer.exposed == pytest.approx(0, abs=1e-6)
 

@@ -24,6 +24,7 @@ from mhe_lightning.verbs.plan_scaling import (
     add_scaling_arguments,
     check_scaling,
     layouts_of,
+    rate_of,
     scaling_tables,
     share_record,
 )
@@ -214,7 +215,7 @@ def _memory_table(table: MakeTable, against: Against, schedule: Schedule) -> Tab
 
 
 def _time_table(table: MakeTable, against: Against, schedule: Schedule, options: argparse.Namespace) -> Table:
-    rate = options.peak_tflops * 1e12 * options.mfu * schedule.world_size
+    rate = rate_of(options) * schedule.world_size
 
     def speed(cost: Cost) -> float:
         return rate / (cost.training_flops or math.inf)
@@ -280,8 +281,8 @@ def _record(costs: Sequence[Cost], schedule: Schedule, options: argparse.Namespa
                 "forward_flops_per_token": cost.forward_flops,
                 "training_flops_per_token": cost.training_flops,
                 "memory_bytes": None if cost.memory is None else {**vars(cost.memory), "total": cost.memory.total},
-                "communication": share_record(cost, cost.share, options),
-                "scaled": {name: share_record(cost, share, options) for name, share in cost.scaled.items()},
+                "communication": share_record(cost.share, options),
+                "scaled": {name: share_record(share, options) for name, share in cost.scaled.items()},
             }
             for cost in costs
         },

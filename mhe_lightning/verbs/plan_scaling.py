@@ -9,7 +9,7 @@ from typing import Any
 from mhe_lightning.communication import Carried, Layout
 from mhe_lightning.comparison.tables import Table
 from mhe_lightning.planning import Cost, Schedule, Share
-from mhe_lightning.scaling import GB, Cluster, StepTime, step_time
+from mhe_lightning.scaling import GB, Cluster, StepTime
 from mhe_lightning.verbs.passing import PassingParser
 from mhe_lightning.verbs.plan_columns import MIB, MakeTable, Part, count, decimal
 
@@ -86,7 +86,6 @@ def scaling_tables(
     table: MakeTable, costs: Sequence[Cost], schedule: Schedule, options: argparse.Namespace
 ) -> list[Table]:
     """What is sent in the config's layout, if that has several processes, and what those of ``--scale`` come to."""
-    clock = _Clock(options)
     notes = [
         f"by rings; {options.node_bandwidth:g} GB/s within a node of {options.per_node}, "
         f"{options.network_bandwidth:g} GB/s from a process to another node; assumed, not measured"
@@ -103,125 +102,87 @@ def scaling_tables(
             Part(f"{what}, MiB", _sent(what), decimal) for what in carried if any(_sent(what)(cost) for cost in costs)
         ]
         caption = f"Sent by each of {schedule.world_size:,} processes in an optimizer step, {schedule.layout}"
-        tables.append(table(caption, [*parts, *clock.columns(lambda cost: cost.share)], notes))
+        tables.append(table(caption, [*parts, *_columns(lambda cost: cost.share, options)], notes))
     for name, layout in layouts_of(options).items():
         columns = [
-            Part("memory, GiB", _of(name, lambda share: share.memory.total / GIB), lambda value: f"{value:,.2f}"),
-            *clock.columns(lambda cost, name=name: cost.scaled[name]),  # type: ignore[misc]
+            Part("memory, GiB", _memory(name), lambda value: f"{value:,.2f}"),
+            *_columns(_scaled(name), options),
         ]
-        tables.append(table(f"{name}, {layout}", columns, notes))
+        own = ["attention dropout has to be 0 where heads are split"] if layout.parts > 1 else []
+        tables.append(table(f"{name}, {layout}", columns, [*notes, *own]))
     return tables
 
 
-def share_record(cost: Cost, share: Share | None, options: argparse.Namespace) -> dict[str, Any] | None:
+def share_record(share: Share | None, options: argparse.Namespace) -> dict[str, Any] | None:
     """What a process has of a step, for JSON: bytes and seconds."""
     if share is None:
         return None
-    time = _Clock(options).time(share)
-    sent = [{**vars(one), "sent": one.sent(share.layout)} for one in share.collectives]
     record = {
         "layout": vars(share.layout),
         "memory_bytes": {**vars(share.memory), "total": share.memory.total},
         "sent_bytes": share.sent,
-        "collectives": sent,
+        "collectives": [{**vars(one), "sent": one.sent(share.layout)} for one in share.collectives],
         "training_flops": share.flops.training,
         "micro_batches": share.micro_batches,
     }
-    if time is None:
+    if not options.peak_tflops:
         return record
-    tokens, efficiency = _speed(cost, share, time, options)
-    seconds = {**vars(time), "overlapped": time.overlapped, "serial": time.serial}
-    return {**record, "seconds": seconds, "tokens_per_second": tokens, "efficiency": efficiency}
+    time = share.time(cluster_of(options), rate_of(options))
+    return {
+        **record,
+        "seconds": {**vars(time), "overlapped": time.overlapped, "serial": time.serial},
+        "tokens_per_second": time.tokens_per_second,
+        "efficiency": time.efficiency,
+    }
 
 
-class _Clock:
-    """Times steps on the cluster of the options; without ``--peak_tflops`` only what is sent."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.cluster = Cluster(
-            per_node=options.per_node,
-            node_bandwidth=options.node_bandwidth * GB,
-            network_bandwidth=options.network_bandwidth * GB,
-        )
-
-    def time(self, share: Share) -> StepTime | None:
-        if not self.options.peak_tflops:
-            return None
-        return step_time(
-            self.cluster,
-            share.layout,
-            share.collectives,
-            rate=self.options.peak_tflops * TERA * self.options.mfu,
-            forward_flops=share.flops.forward,
-            training_flops=share.flops.training,
-            tokens=share.tokens,
-            micro_batches=share.micro_batches,
-        )
-
-    def columns(self, of: Callable[[Cost], Share | None]) -> list[Part]:
-        """What is sent, how long that takes, and what it leaves of the speed."""
-
-        def shared(measure: Callable[[Share], float]) -> Callable[[Cost], float | None]:
-            def of_cost(cost: Cost) -> float | None:
-                share = of(cost)
-                return None if share is None else measure(share)
-
-            return of_cost
-
-        def timed(measure: Callable[[Cost, Share, StepTime], float | None]) -> Callable[[Cost], float | None]:
-            def of_cost(cost: Cost) -> float | None:
-                share = of(cost)
-                time = None if share is None else self.time(share)
-                return None if share is None or time is None else measure(cost, share, time)
-
-            return of_cost
-
-        def sending(share: Share) -> float:
-            return sum(self.cluster.seconds(one, share.layout) for one in share.collectives) / MS
-
-        parts = [
-            Part("sent, MiB", shared(lambda share: share.sent / MIB), decimal),
-            Part("sending, ms", shared(sending), decimal),
-        ]
-        if not self.options.peak_tflops:
-            return parts
-        speed = self.options
-
-        return [
-            *parts,
-            Part("computing, ms", timed(lambda cost, share, time: time.computing / MS), decimal),
-            Part("hidden", timed(lambda cost, share, time: time.hidden), _percent),
-            Part(
-                "tokens/s",
-                timed(lambda cost, share, time: _speed(cost, share, time, speed)[0]),
-                lambda value: count(round(value)),
-            ),
-            Part("efficiency", timed(lambda cost, share, time: _speed(cost, share, time, speed)[1]), _percent),
-            Part(
-                "without overlap",
-                timed(lambda cost, share, time: _ideal(cost, share, speed) / time.serial),
-                _percent,
-            ),
-            Part(
-                "hidden from, tokens",
-                timed(lambda cost, share, time: time.critical_tokens),
-                lambda value: count(round(value)),
-            ),
-        ]
+def cluster_of(options: argparse.Namespace) -> Cluster:
+    """What the options say of the links between processes."""
+    return Cluster(
+        per_node=options.per_node,
+        node_bandwidth=options.node_bandwidth * GB,
+        network_bandwidth=options.network_bandwidth * GB,
+    )
 
 
-def _ideal(cost: Cost, share: Share, options: argparse.Namespace) -> float:
-    """Seconds of a step if nothing had to be sent and nothing computed twice."""
-    assert cost.flops is not None
-    rate = options.peak_tflops * TERA * options.mfu
-    return share.micro_batches * cost.flops.training / share.layout.parts / rate
+def rate_of(options: argparse.Namespace) -> float:
+    """Matrix operations that the options have a process do in a second."""
+    rate: float = options.peak_tflops * TERA * options.mfu
+    return rate
 
 
-def _speed(cost: Cost, share: Share, time: StepTime, options: argparse.Namespace) -> tuple[float, float]:
-    """Tokens a second of all processes, and the efficiency, at best."""
-    tokens = share.layout.data_parallel * share.micro_batches * share.tokens
-    return tokens / time.overlapped, _ideal(cost, share, options) / time.overlapped
+def _columns(of: Callable[[Cost], Share | None], options: argparse.Namespace) -> list[Part]:
+    """What is sent, how long that takes, and with ``--peak_tflops`` what it leaves of the speed."""
+    cluster = cluster_of(options)
+
+    def shared(measure: Callable[[Share], float | None]) -> Callable[[Cost], float | None]:
+        def of_cost(cost: Cost) -> float | None:
+            share = of(cost)
+            return None if share is None else measure(share)
+
+        return of_cost
+
+    def timed(measure: Callable[[StepTime], float | None]) -> Callable[[Cost], float | None]:
+        return shared(lambda share: measure(share.time(cluster, rate_of(options))))
+
+    def sending(share: Share) -> float:
+        return sum(cluster.seconds(one, share.layout) for one in share.collectives) / MS
+
+    parts = [
+        Part("sent, MiB", shared(lambda share: share.sent / MIB), decimal),
+        Part("sending, ms", shared(sending), decimal),
+    ]
+    if not options.peak_tflops:
+        return parts
+    return [
+        *parts,
+        Part("computing, ms", timed(lambda time: time.computing / MS), decimal),
+        Part("hidden", timed(lambda time: time.hidden), _percent),
+        Part("tokens/s", timed(lambda time: time.tokens_per_second), lambda value: count(round(value))),
+        Part("efficiency", timed(lambda time: time.efficiency), _percent),
+        Part("without overlap", timed(lambda time: time.serial_efficiency), _percent),
+        Part("hidden from, tokens", timed(lambda time: time.critical_tokens), lambda value: count(round(value))),
+    ]
 
 
 def _sent(what: Carried) -> Callable[[Cost], float]:
@@ -232,12 +193,16 @@ def _sent(what: Carried) -> Callable[[Cost], float]:
     return sent
 
 
-def _of(name: str, measure: Callable[[Share], float]) -> Callable[[Cost], float | None]:
-    def of_cost(cost: Cost) -> float | None:
-        share = cost.scaled[name]
-        return None if share is None else measure(share)
+def _scaled(name: str) -> Callable[[Cost], Share | None]:
+    return lambda cost: cost.scaled[name]
 
-    return of_cost
+
+def _memory(name: str) -> Callable[[Cost], float | None]:
+    def memory(cost: Cost) -> float | None:
+        share = cost.scaled[name]
+        return None if share is None else share.memory.total / GIB
+
+    return memory
 
 
 def _percent(value: float) -> str:
