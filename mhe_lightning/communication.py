@@ -70,8 +70,9 @@ class Layout:
 
     @classmethod
     def of_shards(cls, world_size: int, shard: int | None = None, tensor_parallel: int = 1) -> Layout:
-        """The layout of FSDP2, tensor parallelism and both; arguments and errors as of `distributed.new_mesh`."""
-        return cls(*mesh_sizes(world_size, shard, tensor_parallel), sharded=True)
+        """The layout of FSDP2, tensor parallelism and both; arguments and errors as of `mesh_sizes`."""
+        sizes = mesh_sizes(world_size=world_size, shard=shard, tensor_parallel=tensor_parallel)
+        return cls(*sizes, sharded=True)
 
     @property
     def world_size(self) -> int:

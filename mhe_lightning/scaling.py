@@ -2,7 +2,7 @@
 
 Nothing here was measured on GPUs. The model is that of rings, as NCCL has them: in a group of p processes each sends
 its share of the tensor in p - 1 hops. A group over several nodes sends through the adapters of its processes, side by
-side, but no faster than within a node. A sum may go through a tree instead, in fewer hops.
+side, but no faster than within a node. A sum, or a broadcast, may go through a tree instead, in fewer hops.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Cluster:
         if nodes > 1:
             bandwidth = min(bandwidth, on_node * self.network_bandwidth)
         hops = (p - nodes) * self.node_latency + (nodes - 1) * self.network_latency
+        tree = (on_node - 1) * self.node_latency + math.log2(nodes) * self.network_latency
         latency = hops
-        if collective.kind == "all_reduce":
-            tree = (on_node - 1) * self.node_latency + math.log2(nodes) * self.network_latency
-            latency = 2 * min(hops, tree)
+        if collective.kind in ("all_reduce", "broadcast"):
+            latency = min(hops, tree) * (2 if collective.kind == "all_reduce" else 1)
         return collective.sent(layout) / bandwidth + collective.calls * latency
 
     def _group(self, layout: Layout, group: Group) -> tuple[int, int]:
@@ -57,6 +57,25 @@ class Cluster:
         stride = {"parts": 1, "shards": layout.parts, "replicas": layout.parts * layout.shards}[group]
         size: int = getattr(layout, group)
         return size, min(size, max(1, self.per_node // stride))
+
+
+def alternatives(world_sizes: Sequence[int], per_node: int, tensor_parallel: int) -> dict[str, Layout]:
+    """The layouts that may be compared, by names such as "64 processes by FSDP".
+
+    Args:
+        world_sizes: numbers of processes.
+        per_node: those of a node, which hybrid sharding shards over.
+        tensor_parallel: processes that share a copy of each block in tensor parallelism; FSDP2 does the rest.
+    """
+    found: dict[str, Layout] = {}
+    for n in world_sizes:
+        found[f"{n:,} processes by DDP"] = Layout(n)
+        found[f"{n:,} processes by FSDP"] = Layout.of_shards(n)
+        if 1 < per_node < n and n % per_node == 0:
+            found[f"{n:,} processes by hybrid sharding"] = Layout.of_shards(n, per_node)
+        if tensor_parallel > 1 and n % tensor_parallel == 0:
+            found[f"{n:,} processes by tensor parallelism"] = Layout.of_shards(n, None, tensor_parallel)
+    return found
 
 
 @dataclass(frozen=True)
@@ -67,7 +86,7 @@ class StepTime:
         tokens: that all processes read.
         ideal: if nothing had to be sent and nothing computed by several processes alike.
         computing: of the matrix products.
-        waiting: of tensor parallelism's sums, which nothing can hide.
+        waiting: of tensor parallelism's sums, and data parallelism's buffers, which nothing can hide.
         sending: of everything else that is sent.
         exposed: of ``sending``, what remains where it overlaps as well as can be: parameters with the forward pass,
             parameters and gradients with the backward pass; those of data parallelism with the last one.
@@ -145,7 +164,7 @@ def step_time(
     for during, computing in passes.items():
         times = {1: 0.0, micro_batches: 0.0}  # of what is sent once a step, and in every micro-batch
         for one in (c for c in found if c.during == during):
-            if one.carries == "activations":
+            if one.carries in ("activations", "buffers"):
                 waiting += cluster.seconds(one, layout)
             else:
                 times[one.micro_batches] += cluster.seconds(one, layout)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from attention.oracle import VARIANTS
 from mhe_lightning.communication import Layout, can_split, collectives, padded, split_shapes
-from mhe_lightning.distributed import new_mesh, parallelize
+from mhe_lightning.distributed import MeshSizes, new_mesh, parallelize
 from mhe_lightning.models import Decoder, EncoderDecoder
 from mhe_lightning.tracing import count_flops
 from processes import _free_port
@@ -59,7 +59,7 @@ def laid_out(model: nn.Module, layout: Layout, dtype: torch.dtype, checkpointing
     """``model`` as the first process of ``layout`` has it; the others are pretended, and nothing reaches them."""
     dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
     try:
-        mesh = new_mesh("cpu", world_size=layout.world_size, shard=layout.shards, tensor_parallel=layout.parts)
+        mesh = new_mesh("cpu", MeshSizes(layout.replicas, layout.shards, layout.parts))
         param_dtype = None if dtype == torch.float32 else dtype
         parallelize(model, mesh, activation_checkpointing=checkpointing, param_dtype=param_dtype)
         yield

@@ -9,7 +9,7 @@ from typing import Any
 from mhe_lightning.communication import Carried, Layout
 from mhe_lightning.comparison.tables import Table
 from mhe_lightning.planning import Cost, Schedule, Share
-from mhe_lightning.scaling import GB, Cluster, StepTime
+from mhe_lightning.scaling import GB, Cluster, StepTime, alternatives
 from mhe_lightning.verbs.passing import PassingParser
 from mhe_lightning.verbs.plan_columns import MIB, MakeTable, Part, count, decimal
 
@@ -69,17 +69,7 @@ def check_scaling(parser: PassingParser, options: argparse.Namespace) -> None:
 
 def layouts_of(options: argparse.Namespace) -> dict[str, Layout]:
     """The layouts that ``--scale`` asks for, by what the tables call them."""
-    found: dict[str, Layout] = {}
-    node = options.per_node
-    parts = options.tensor_parallel or node
-    for n in options.scale:
-        found[f"{n:,} processes by DDP"] = Layout(n)
-        found[f"{n:,} processes by FSDP"] = Layout.of_shards(n)
-        if n > node and n % node == 0:
-            found[f"{n:,} processes by hybrid sharding"] = Layout.of_shards(n, shard=node)
-        if n % parts == 0 and parts > 1:
-            found[f"{n:,} processes by tensor parallelism"] = Layout.of_shards(n, tensor_parallel=parts)
-    return found
+    return alternatives(options.scale, options.per_node, options.tensor_parallel or options.per_node)
 
 
 def scaling_tables(

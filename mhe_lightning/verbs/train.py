@@ -206,7 +206,7 @@ class TrainCLI(ExperimentCLI):
     # Around the verbs
 
     def before_fit(self) -> None:
-        self._check_data()
+        self._check_run()
         options = self.config[self.subcommand]
         begun = None
         if self._begins_with_weights:
@@ -226,8 +226,10 @@ class TrainCLI(ExperimentCLI):
             if tokenizer is not None and not (self.folder / run.TOKENIZER).is_file():
                 write_text(self.folder / run.TOKENIZER, tokenizer.to_str())
 
-    def _check_data(self) -> None:
+    def _check_run(self) -> None:
         """Find out what cannot train before an earlier run is set aside for it."""
+        if isinstance(self.trainer.strategy, Sharded):
+            _ = self.trainer.strategy.sizes
         positions = getattr(self.model.net, "max_length", None)
         for name in ("block_length", "max_length"):
             length = getattr(self.datamodule, name, None)
