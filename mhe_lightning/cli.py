@@ -23,7 +23,7 @@ Train and use transformers with any attention.
   sweep          train variants × seeds × a grid        sweep --config … --attentions mha mhe_add
   plan           what each attention will cost          plan --config configs/quickstart.yaml
   prepare        tokenise a config's data, before `fit` on several processes
-  consolidate    a run's weights alone, averaged        consolidate runs/quickstart --average 2
+  consolidate    a run as one file, or its weights alone consolidate runs/quickstart --average 2
   average        the GLUE or SuperGLUE average of runs  average runs/bert_base_*
   generate       continue texts with a trained decoder  generate runs/quickstart
   translate      translate standard input, line by line translate runs/small_multi30k < sentences.txt

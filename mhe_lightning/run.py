@@ -12,6 +12,9 @@ from mhe_lightning.checkpoint import CheckpointError, checkpoints_in, newest_che
 TOKENIZER = "tokenizer.json"
 LOCK = ".lock"
 
+OBSERVING = ("step_times", "memory", "profile", "watchdog")
+"""Parts of a config that say how a run is observed: two runs that differ in them alone are the same experiment."""
+
 
 def folder_of(root: str, name: str) -> Path:
     """The folder of the run ``name`` in ``root``.

@@ -15,6 +15,8 @@ ALLOWED = {
     "accounting": {"models", "attention"},
     "deferred": set(),
     "distributed": {"attention", "deferred"},
+    "communication": {"attention", "models", "distributed"},
+    "scaling": {"communication"},
     "extras": set(),
     "errors": set(),
     "files": {"errors"},

@@ -133,7 +133,7 @@ class Task(LightningModule):
             mesh,
             compile=self.compile_blocks,
             activation_checkpointing=self.activation_checkpointing,
-            param_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
+            param_dtype=torch.bfloat16 if mesh is not None and self.trainer.precision == "bf16-mixed" else None,
             offload=self.offload,
             deferred=self.deferred,
         )

@@ -27,6 +27,7 @@ from mhe_lightning.callbacks import (
     MetricsCSV,
     PlainProgress,
     Predictions,
+    RankLogs,
     RunRecord,
     Throughput,
 )
@@ -157,7 +158,7 @@ class TrainCLI(ExperimentCLI):
             )
         old = config_of(checkpoint)
         new = yaml.safe_load(self._config_text())
-        for key in ("config", "ckpt_path", "name", "init_from", "verbose"):
+        for key in ("config", "ckpt_path", "name", "init_from", "verbose", *run.OBSERVING):
             old.pop(key, None)
             new.pop(key, None)
         for config in (old, new):  # the tokenizers themselves are compared, not where they lie
@@ -194,7 +195,11 @@ class TrainCLI(ExperimentCLI):
             take_over(trainer)
         seed = int(self.config[self.subcommand].seed_everything)
         throughput = Throughput()
-        added = [ExactResume(seed), throughput, RunRecord(self._config_text(), seed, throughput), Predictions()]
+        observers = [self.config_init[self.subcommand][name] for name in run.OBSERVING]
+        for observer in observers:  # they go before those that write what they log
+            trainer.callbacks.remove(observer)  # type: ignore[attr-defined]
+        record = RunRecord(self._config_text(), seed, throughput)
+        added = [RankLogs(), ExactResume(seed), throughput, *observers, record, Predictions()]
         if self.subcommand == "fit":
             added.append(MetricsCSV(self.folder))  # after Throughput, whose metric it writes
         if trainer.progress_bar_callback is None and options.enable_progress_bar is not False:
@@ -209,7 +214,7 @@ class TrainCLI(ExperimentCLI):
     # Around the verbs
 
     def before_fit(self) -> None:
-        self._check_data()
+        self._check_run()
         options = self.config[self.subcommand]
         begun = None
         if self._begins_with_weights:
@@ -229,8 +234,10 @@ class TrainCLI(ExperimentCLI):
             if tokenizer is not None and not (self.folder / run.TOKENIZER).is_file():
                 write_text(self.folder / run.TOKENIZER, tokenizer.to_str())
 
-    def _check_data(self) -> None:
+    def _check_run(self) -> None:
         """Find out what cannot train before an earlier run is set aside for it."""
+        if isinstance(self.trainer.strategy, Sharded):
+            _ = self.trainer.strategy.sizes
         positions = getattr(self.model.net, "max_length", None)
         for name in ("block_length", "max_length"):
             length = getattr(self.datamodule, name, None)
