@@ -60,6 +60,9 @@ JOINED = "All distributed processes registered"
 """What Lightning says when all ranks are there."""
 
 SIGTERM_CODES = (143, -signal.SIGTERM)
+EXACT = ("step", "train/", "val/", "lr", "grad_norm", "tokens_seen")
+"""Metrics that depend on no clock, by their beginnings; `tokens_per_second` and `data_wait` do."""
+
 COUNTED = ("put", "struck", "most_steps_lost", "problems")
 """Columns of the table: how often a fault was put there, how often it ended an attempt, and what followed."""
 
@@ -409,7 +412,7 @@ def content(folder: Path) -> dict[str, Any]:
     """What must not depend on faults: metrics, the names of the checkpoints, and what the newest holds."""
     paths = checkpoints_in(folder / "checkpoints")
     checkpoint = read_checkpoint(paths[-1])
-    rows = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in _metrics(folder)]
+    rows = [{k: v for k, v in row.items() if k.startswith(EXACT)} for row in _metrics(folder)]
     return {
         "metrics.csv": rows,
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir() if path.suffix == ".ckpt"),
