@@ -27,6 +27,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+QUICKSTART = HERE.parents[1] / "configs/quickstart.yaml"
+SHORT = [
+    *("--trainer.max_steps", "60"),
+    *("--trainer.val_check_interval", "60"),
+    *("--trainer.log_every_n_steps", "1"),
+    *("--checkpoints.every_n_steps", "20"),
+]
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
+"""Where `mhe` is, and the daemons, which only root's own path has."""
 NODES = ("node1", "node2")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "srun")
 
@@ -46,7 +55,7 @@ class Cluster:
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(folder / "slurm.conf"),
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"]),
+            "PATH": PATH,
             "MASTER_ADDR": "127.0.0.1",  # the nodes' names are known to SLURM alone
             "GLOO_SOCKET_IFNAME": "lo",
         }
@@ -56,7 +65,7 @@ class Cluster:
         with ExitStack() as on_error:
             on_error.callback(self.__exit__)
             self._write_configuration()
-            self._start("munged", "--foreground", "--force", *self._munge_files(), f"--socket={self.folder}/munge.socket")
+            self._start("munged", "--foreground", "--force", *self._munge_options())
             wait_for("munged's socket", lambda: (self.folder / "munge.socket").exists(), seconds=10)
             self._start("slurmctld", "-D", "-i")
             for node in NODES:
@@ -102,7 +111,7 @@ class Cluster:
         return self.field(job, "JobState")
 
     def _start(self, name: str, *arguments: str, log: str = "") -> None:
-        program = shutil.which(name, path=self.environment["PATH"])
+        program = shutil.which(name, path=PATH)
         assert program is not None
         with open(self.folder / f"{log or name}.out", "wb") as output:
             self._processes.append(
@@ -125,9 +134,9 @@ class Cluster:
         except RuntimeError:  # no controller yet
             return False
 
-    def _munge_files(self) -> list[str]:
-        files = {"key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
-        return [f"--{option}={self.folder / name}" for option, name in files.items()]
+    def _munge_options(self) -> list[str]:
+        files = {"key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed", "socket": "socket"}
+        return [f"--{option}={self.folder / f'munge.{ending}'}" for option, ending in files.items()]
 
     def _write_configuration(self) -> None:
         for name in ("state", *NODES):
@@ -219,7 +228,7 @@ def rehearse(cluster: Cluster, place: Path, config: Path, options: Sequence[str]
         raise RuntimeError(f"job {job} has not been requeued")
     if peace != interrupted:
         raise RuntimeError(f"the losses differ: {peace} undisturbed, {interrupted} interrupted")
-    tell(f"train/loss at step {last}: {peace[last]} undisturbed, {interrupted[last]} interrupted; all {len(peace)} equal")
+    tell(f"train/loss, step {last}: {peace[last]} undisturbed, {interrupted[last]} interrupted; all {len(peace)} agree")
 
 
 def losses(run: Path) -> dict[int, str]:
@@ -258,12 +267,16 @@ def tell(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE.parents[1] / "configs/quickstart.yaml", help="What to train.")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Other options are those of `mhe fit`, and win over " + " ".join(SHORT),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, default=QUICKSTART, help="What to train (default: the quick start).")
     parser.add_argument("--seconds", type=float, default=600, help="How long a job may take (default: 600).")
     parser.add_argument("--keep", action="store_true", help="Leave the folder with logs and runs.")
     options, rest = parser.parse_known_args()
-    missing = [name for name in NEEDED if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    missing = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
     if missing:
         sys.exit(f"{', '.join(missing)} not found; on Debian or Ubuntu: apt-get install slurm-wlm munge")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -272,7 +285,7 @@ def main() -> None:
             tell(f"a controller and {len(NODES)} nodes are up in {folder}")
             place = folder / "work"
             place.mkdir()
-            rehearse(cluster, place, options.config.resolve(), rest, seconds=options.seconds)
+            rehearse(cluster, place, options.config.resolve(), [*SHORT, *rest], seconds=options.seconds)
     except RuntimeError as error:
         sys.exit(f"{error}\nlogs are left in {folder}")
     if not options.keep:
