@@ -1,4 +1,4 @@
-"""Runs that a launcher starts in several processes, and that lose one or are told to end: they end as undisturbed ones."""
+"""Runs of several processes that lose one, or are told to end, and go on: they end as undisturbed ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from conftest import logged, prepare
 from processes import run
 
