@@ -104,6 +104,7 @@ class Cluster:
         def ended() -> bool:
             state = self.field(job, "JobState")
             if state == "PENDING" and self.field(job, "Reason") == "BeginTime":
+                tell(f"job {job}: requeued, to begin at {self.field(job, 'StartTime')}; told to begin now")
                 self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
             return state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
