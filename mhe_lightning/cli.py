@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from mhe_lightning import __version__
-from mhe_lightning.errors import UserError
+from mhe_lightning.errors import RunError, UserError
+from mhe_lightning.files import lacks_space
 
 USAGE = """\
 usage: python train.py VERB [options]      (or: mhe VERB [options])
@@ -22,7 +23,7 @@ Train and use transformers with any attention.
   sweep          train variants × seeds × a grid        sweep --config … --attentions mha mhe_add
   plan           what each attention will cost          plan --config configs/quickstart.yaml
   prepare        tokenise a config's data, before `fit` on several processes
-  consolidate    a run's weights alone, averaged        consolidate runs/quickstart --average 2
+  consolidate    a run as one file, or its weights alone consolidate runs/quickstart --average 2
   average        the GLUE or SuperGLUE average of runs  average runs/bert_base_*
   generate       continue texts with a trained decoder  generate runs/quickstart
   translate      translate standard input, line by line translate runs/small_multi30k < sentences.txt
@@ -76,17 +77,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         import_module(f"mhe_lightning.verbs.{VERBS[verb]}").main(verb, rest)
     except UserError as error:
         _fail(str(error))
+    except RunError as error:
+        _fail(str(error), code=1)
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit:
+        raise
+    except BaseException as error:  # what torch raises for checkpoints of several processes is no Exception
+        name = getattr(error, "filename", None)
+        if lacks_space(error):
+            place = name or "a file of the run"  # not one that we write: TensorBoard's
+            _fail(f"{place}: no space left on its disk; make room and run the same command again", code=1)
+        if not isinstance(error, OSError) or name is None:
+            raise
+        _fail(f"{name}: {error.strerror}")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -162,11 +162,18 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def new_mesh(device_type: str, *, world_size: int, shard: int | None, tensor_parallel: int) -> DeviceMesh:
-    """The processes as a mesh of `REPLICATE`, `SHARD` and `TENSOR_PARALLEL`.
+class MeshSizes(NamedTuple):
+    """Processes along each dimension of a mesh: `REPLICATE`, `SHARD` and `TENSOR_PARALLEL`."""
+
+    replicate: int
+    shard: int
+    tensor_parallel: int
+
+
+def mesh_sizes(*, world_size: int, shard: int | None, tensor_parallel: int) -> MeshSizes:
+    """How a number of processes is laid out.
 
     Args:
-        device_type: such as "cuda" or "cpu".
         world_size: number of processes.
         shard: processes that a model is sharded over; fewer than there are give replicas of them (hybrid sharding).
             None is all.
@@ -180,14 +187,16 @@ def new_mesh(device_type: str, *, world_size: int, shard: int | None, tensor_par
             raise ValueError(f"{name} ({size}) must be at least 1")
     if world_size % tensor_parallel:
         raise ValueError(f"tensor_parallel ({tensor_parallel}) must divide the {world_size} processes")
-    data_parallel = world_size // tensor_parallel
-    shard = data_parallel if shard is None else shard
-    if data_parallel % shard:
+    others = world_size // tensor_parallel
+    if shard is not None and others % shard:
         raise ValueError(
-            f"shard ({shard}) must divide the {data_parallel} data-parallel processes ({world_size} processes / "
-            f"tensor_parallel {tensor_parallel})"
+            f"shard ({shard}) must divide {others}, the {world_size} processes / tensor_parallel ({tensor_parallel})"
         )
-    sizes = (data_parallel // shard, shard, tensor_parallel)
+    return MeshSizes(1 if shard is None else others // shard, others if shard is None else shard, tensor_parallel)
+
+
+def new_mesh(device_type: str, sizes: MeshSizes) -> DeviceMesh:
+    """The processes as a mesh; ``device_type`` is such as "cuda" or "cpu"."""
     return dist.init_device_mesh(device_type, sizes, mesh_dim_names=(REPLICATE, SHARD, TENSOR_PARALLEL))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -208,7 +209,9 @@ def read(path: Path) -> dict[str, Any]:
         name: torch.empty(entry["size"], dtype=getattr(torch, entry["dtype"]))
         for name, entry in manifest["tensors"].items()
     }
-    dcp.load(dict(whole), storage_reader=_Reader(path, manifest), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+        dcp.load(dict(whole), storage_reader=_Reader(path, manifest), no_dist=True)
     return _merge(read_rest(path), whole)
 
 

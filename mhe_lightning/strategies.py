@@ -17,7 +17,7 @@ from torchmetrics import Metric
 
 from mhe_lightning import sharded_checkpoint
 from mhe_lightning.checkpoint import read_checkpoint, remove_checkpoint
-from mhe_lightning.distributed import data_parallel, new_control_group, new_mesh
+from mhe_lightning.distributed import MeshSizes, data_parallel, mesh_sizes, new_control_group, new_mesh
 from mhe_lightning.sharded_checkpoint import OPTIMIZERS, STATE
 
 
@@ -57,14 +57,22 @@ class Sharded(ModelParallelStrategy):
         self._writing: Future[Any] | None = None
         self._group: Any = None
 
-    def setup_environment(self) -> None:
-        world_size = self.num_nodes * self.num_processes
-        self._data_parallel_size = world_size // max(self.tensor_parallel, 1)
-        self._tensor_parallel_size = world_size // max(self._data_parallel_size, 1)
-        super().setup_environment()
-        self._device_mesh = new_mesh(
-            self.root_device.type, world_size=world_size, shard=self.shard, tensor_parallel=self.tensor_parallel
+    @property
+    def sizes(self) -> MeshSizes:
+        """How the processes are laid out.
+
+        Raises:
+            ValueError: `shard` or `tensor_parallel` does not divide them.
+        """
+        return mesh_sizes(
+            world_size=self.num_nodes * self.num_processes, shard=self.shard, tensor_parallel=self.tensor_parallel
         )
+
+    def setup_environment(self) -> None:
+        replicate, shard, self._tensor_parallel_size = self.sizes
+        self._data_parallel_size = replicate * shard
+        super().setup_environment()
+        self._device_mesh = new_mesh(self.root_device.type, self.sizes)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
         self._group = new_control_group()

@@ -6,10 +6,13 @@ import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback
 
 from mhe_lightning.cli import main
@@ -74,6 +77,39 @@ def run(args: Sequence[str], *, ranks: int = 1, log: Path | None = None) -> list
             child.kill()
             child.join()
     return [child.exitcode for child in children]
+
+
+def group(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """``function(*args)`` in each of a group of forked processes (gloo); what it returned, by rank.
+
+    Raises:
+        AssertionError: it failed in one of them.
+    """
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    port = _free_port()
+    children = [context.Process(target=_member, args=(function, r, ranks, port, args, results)) for r in range(ranks)]
+    for child in children:
+        child.start()
+    answers = dict(results.get() for _ in children)
+    for child in children:
+        child.join()
+    failed = {rank: answer for rank, (ok, answer) in answers.items() if not ok}
+    assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+    return [answers[rank][1] for rank in range(ranks)]
+
+
+def _member(function, rank, ranks, port, args, results) -> None:
+    torch.set_num_threads(1)
+    try:
+        store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
+        dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
+        answer = (True, function(*args))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    results.put((rank, answer))
 
 
 def _child(args: list[str], environment: dict[str, str], log: Path | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mhe_lightning.data.language_modeling import LanguageModelingData
+from mhe_lightning.distributed import gather, release
 from mhe_lightning.files import write_text
 from mhe_lightning.models import Decoder
 from mhe_lightning.models.generation import generate_text
@@ -41,13 +42,14 @@ class Samples(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net = pl_module.net
         data = getattr(trainer, "datamodule", None)
-        if not self.prompts or not trainer.is_global_zero or not isinstance(net, Decoder):
+        if not self.prompts or not isinstance(net, Decoder):
             return
         if not isinstance(data, LanguageModelingData):  # a decoder that was finetuned as a classifier
             return
         corpus = data.corpus
         net.eval()
         longest = 1 + max(len(corpus.tokenizer.encode(prompt).ids) for prompt in self.prompts)
+        gather(pl_module)  # of all ranks, which have a part each
         texts = generate_text(
             net,
             corpus.tokenizer,
@@ -58,5 +60,7 @@ class Samples(Callback):
             top_k=self.top_k,
             seed=self.seed,
         )
+        release(pl_module)
         blocks = [f"[{prompt}]{text}" for prompt, text in zip(self.prompts, texts, strict=True)]
-        write_text(Path(trainer.default_root_dir) / "samples.txt", "\n\n---\n\n".join(blocks) + "\n")
+        if trainer.is_global_zero:
+            write_text(Path(trainer.default_root_dir) / "samples.txt", "\n\n---\n\n".join(blocks) + "\n")

@@ -27,6 +27,7 @@ from mhe_lightning.callbacks import (
     MetricsCSV,
     PlainProgress,
     Predictions,
+    RankLogs,
     RunRecord,
     Throughput,
 )
@@ -40,9 +41,10 @@ from mhe_lightning.checkpoint import (
     run_of,
 )
 from mhe_lightning.data import ExactDataModule
+from mhe_lightning.data.loading import dead_worker
 from mhe_lightning.data.tokenizer import tokenizer_hash
 from mhe_lightning.deferred import Deferred
-from mhe_lightning.errors import UserError
+from mhe_lightning.errors import RunError, UserError
 from mhe_lightning.experiment import ExperimentCLI, class_of
 from mhe_lightning.files import write_text
 from mhe_lightning.parsing import as_user_error, data_module
@@ -70,6 +72,8 @@ def main(verb: str, args: list[str]) -> None:
             raise KeyboardInterrupt from error
         raise
     except (MisconfigurationException, ValueError, RuntimeError, ModuleNotFoundError) as error:
+        if told := dead_worker(error):
+            raise RunError(f"rank {_rank()}: {told}") from error
         raise as_user_error(error) or error from error
 
 
@@ -156,7 +160,7 @@ class TrainCLI(ExperimentCLI):
             )
         old = config_of(checkpoint)
         new = yaml.safe_load(self._config_text())
-        for key in ("config", "ckpt_path", "name", "init_from", "verbose"):
+        for key in ("config", "ckpt_path", "name", "init_from", "verbose", *run.OBSERVING):
             old.pop(key, None)
             new.pop(key, None)
         for config in (old, new):  # the tokenizers themselves are compared, not where they lie
@@ -193,7 +197,11 @@ class TrainCLI(ExperimentCLI):
             take_over(trainer)
         seed = int(self.config[self.subcommand].seed_everything)
         throughput = Throughput()
-        added = [ExactResume(seed), throughput, RunRecord(self._config_text(), seed, throughput), Predictions()]
+        observers = [self.config_init[self.subcommand][name] for name in run.OBSERVING]
+        for observer in observers:  # they go before those that write what they log
+            trainer.callbacks.remove(observer)  # type: ignore[attr-defined]
+        record = RunRecord(self._config_text(), seed, throughput)
+        added = [RankLogs(), ExactResume(seed), throughput, *observers, record, Predictions()]
         if self.subcommand == "fit":
             added.append(MetricsCSV(self.folder))  # after Throughput, whose metric it writes
         if trainer.progress_bar_callback is None and options.enable_progress_bar is not False:
@@ -208,7 +216,7 @@ class TrainCLI(ExperimentCLI):
     # Around the verbs
 
     def before_fit(self) -> None:
-        self._check_data()
+        self._check_run()
         options = self.config[self.subcommand]
         begun = None
         if self._begins_with_weights:
@@ -228,8 +236,10 @@ class TrainCLI(ExperimentCLI):
             if tokenizer is not None and not (self.folder / run.TOKENIZER).is_file():
                 write_text(self.folder / run.TOKENIZER, tokenizer.to_str())
 
-    def _check_data(self) -> None:
+    def _check_run(self) -> None:
         """Find out what cannot train before an earlier run is set aside for it."""
+        if isinstance(self.trainer.strategy, Sharded):
+            _ = self.trainer.strategy.sizes
         positions = getattr(self.model.net, "max_length", None)
         for name in ("block_length", "max_length"):
             length = getattr(self.datamodule, name, None)
