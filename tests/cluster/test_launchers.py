@@ -113,14 +113,14 @@ class Nodes:
             process.wait(timeout=60)
 
     def wait_for_step(self, step: int) -> None:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 600
         while not ((self.run / "metrics.csv").is_file() and max(logged(self.run, "train/loss"), default=0) >= step):
             assert time.monotonic() < end, self.log()
             assert all(process.poll() is None for process in self.processes), self.log()
             time.sleep(0.02)
 
     def exit_codes(self) -> list[int]:
-        return [process.wait(timeout=240) for process in self.processes]
+        return [process.wait(timeout=600) for process in self.processes]
 
     def log(self) -> str:
         return "".join(log.read_text() for log in self._logs)
