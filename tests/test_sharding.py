@@ -270,6 +270,11 @@ def test_sizes_that_do_not_divide_the_processes_are_a_bad_config(decoder):
     assert newest_checkpoint(kept / "checkpoints").name == "step=00000002.ckpt"
 
 
+def test_offloading_where_there_is_no_gpu_is_a_bad_config(decoder):
+    for at in (None, "fsdp"):
+        decoder.run("fit", "refused", at, "--model.offload=true", code=2)
+
+
 def test_nothing_of_a_model_is_built_before_it_is_laid_out(decoder, monkeypatch, capsys):
     built = []
     monkeypatch.setattr("mhe_lightning.verbs.train.TrainCLI._run_subcommand", lambda self, _: built.append(self.model))
