@@ -134,6 +134,19 @@ def test_a_rank_that_is_killed_is_missed(fit, rank):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_a_rank_that_hangs_is_named_where_weights_are_sharded(fit):
+    overlay = ["--config", str(Path(__file__).parents[2] / "configs" / "strategy" / "fsdp.yaml")]
+
+    ended = fit("sleep", "--watchdog.timeout_seconds=3", *overlay, "--trainer.devices=2")
+
+    assert ended.codes == [1, 1]
+    assert re.search(r"rank 1 \(.*\) has been in step 6, forward pass \(\[Callback\]FaultAt", ended.output), (
+        ended.output
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_hang_in_the_validation_is_named(fit):
     ended = fit("sleep", "--watchdog.timeout_seconds=3", "--trainer.callbacks.evaluation=true", micro_batch=1)
 
