@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from mhe_lightning.callbacks import (
     AverageCheckpoints,
     Checkpoints,
+    LossGuard,
     MemoryTimeline,
     Profile,
     Samples,
@@ -65,6 +66,7 @@ class ExperimentCLI(LightningCLI):
             "its tokenizer, where data.tokenizer is not set.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(LossGuard, "guard")
         parser.add_lightning_class_args(AverageCheckpoints, "averaging")
         parser.add_lightning_class_args(Samples, "samples")
         for name, callback in zip(OBSERVING, (StepTimes, MemoryTimeline, Profile, Watchdog), strict=True):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,25 @@ from tokenizers import Tokenizer, models
 from mhe_lightning import run
 from mhe_lightning.accounting import CacheSize, Count, cache_size, count_parameters
 from mhe_lightning.checkpoint import run_of
+from mhe_lightning.communication import (
+    Collective,
+    Exchanged,
+    Layout,
+    can_split,
+    collectives,
+    padded,
+    parameter_groups,
+    split_shapes,
+)
 from mhe_lightning.data import ExactDataModule
 from mhe_lightning.data.tokenizer import load_tokenizer, vocabulary_size
 from mhe_lightning.experiment import LINKED, attribute, class_of
 from mhe_lightning.parsing import Parser, data_module
+from mhe_lightning.scaling import Cluster, StepTime, step_time
 from mhe_lightning.tasks import Task
-from mhe_lightning.tracing import Counts, Flops, Step, of_depth
+from mhe_lightning.tracing import Counts, Flops, Step, StepMemory, of_depth
 
-SHARDED = ("fsdp", "model_parallel", "modelparallel")
+SHARDED = ("fsdp", "model_parallel", "modelparallel", "sharded")
 """Parts of the names of strategies that shard weights, gradients and optimizer."""
 
 FLOPS_DEPTHS = (2, 3)
@@ -47,6 +58,11 @@ class Precision:
 
     weights: torch.dtype
     autocast: torch.dtype | None
+
+    @property
+    def computing(self) -> torch.dtype:
+        """What most operations are in, and what a sharded model is gathered in."""
+        return self.autocast or self.weights
 
 
 PRECISIONS = {
@@ -85,6 +101,48 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What one of the processes of a layout has of an optimizer step.
+
+    Args:
+        layout: how the processes are arranged.
+        memory: at its height.
+        flops: of a micro-batch.
+        needed_flops: a fair share of a micro-batch's, where nothing is computed twice.
+        collectives: of the whole step.
+        tokens: of a micro-batch.
+        micro_batches: of the step.
+    """
+
+    layout: Layout
+    memory: Memory
+    flops: Flops
+    needed_flops: float
+    collectives: Sequence[Collective]
+    tokens: int
+    micro_batches: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that the process sends, and receives as many."""
+        return sum(collective.sent(self.layout) for collective in self.collectives)
+
+    def time(self, cluster: Cluster, rate: float) -> StepTime:
+        """How long the step takes on a cluster, at a rate of matrix operations per second and process."""
+        return step_time(
+            cluster,
+            self.layout,
+            self.collectives,
+            rate=rate,
+            forward_flops=self.flops.forward,
+            training_flops=self.flops.training,
+            needed_flops=self.needed_flops,
+            tokens=self.tokens,
+            micro_batches=self.micro_batches,
+        )
+
+
+@dataclass(frozen=True)
 class Cost:
     """What one variant costs.
 
@@ -94,8 +152,9 @@ class Cost:
         counts: parameters by part.
         cache: numbers in the KV caches; None for an encoder.
         tokens_per_step: of a micro-batch of one rank, padding and the source's side included.
-        flops: of a micro-batch of one rank; None if they were not asked for.
-        memory: of one rank; likewise.
+        flops: of a micro-batch of one rank, or of the ranks that share it; None if they were not asked for.
+        share: what one rank has of a step; likewise.
+        scaled: what it would have in other layouts, by their names; None where the net cannot be laid out so.
     """
 
     name: str
@@ -104,7 +163,13 @@ class Cost:
     cache: CacheSize | None
     tokens_per_step: int
     flops: Flops | None
-    memory: Memory | None
+    share: Share | None
+    scaled: Mapping[str, Share | None] = field(default_factory=dict)
+
+    @property
+    def memory(self) -> Memory | None:
+        """Of one rank."""
+        return None if self.share is None else self.share.memory
 
     @property
     def total(self) -> int:
@@ -152,7 +217,7 @@ class Schedule:
         checkpointing: whether blocks are computed again in the backward pass.
         translates: whether there is a source beside the target.
         on_gpu: whether attention dropout is part of the attention kernel.
-        sharded: whether weights, gradients and the optimizer's state are spread over the ranks.
+        layout: how the processes are arranged.
     """
 
     length: int
@@ -166,11 +231,15 @@ class Schedule:
     checkpointing: bool
     translates: bool
     on_gpu: bool
-    sharded: bool
+    layout: Layout
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**vars(self), "cache_dtype": str(self.cache_dtype).removeprefix("torch.")}
+        return {
+            **vars(self),
+            "cache_dtype": str(self.cache_dtype).removeprefix("torch."),
+            "layout": vars(self.layout),
+        }
 
 
 class Experiment:
@@ -195,6 +264,8 @@ class Experiment:
         self.precision = precision_of(config.trainer.precision)
         self.world_size = world_size or processes_of(config.trainer)
         self.strategy = _strategy_name(config.trainer.strategy)
+        self.layout = layout_of(config.trainer.strategy, self.world_size)
+        self._bucket_view = bool(_settings(config.trainer.strategy).get("gradient_as_bucket_view"))
         spec = config.model.clone()
         spec.init_args.net.init_args.vocab_size = self.vocab_size
         spec.init_args.max_steps = max(1, config.trainer.max_steps)
@@ -234,11 +305,6 @@ class Experiment:
         return str(self.config.trainer.accelerator) != "cpu"
 
     @property
-    def sharded(self) -> bool:
-        """Whether weights, gradients and the optimizer's state are spread over the ranks."""
-        return self.world_size > 1 and any(name in self.strategy for name in SHARDED)
-
-    @property
     def net_settings(self) -> Namespace:
         """The net's arguments, which may be changed."""
         settings: Namespace = self._spec.init_args.net.init_args
@@ -255,13 +321,15 @@ class Experiment:
 
     def flops(self) -> Flops:
         """Operations of a micro-batch of one rank."""
-        return self._of_depth(FLOPS_DEPTHS, Step.flops)
+        return self._of_depth(self._step(), FLOPS_DEPTHS, Step.flops)
 
     def schedule(self) -> Schedule:
         """What holds whatever the attention."""
         trainer = self.config.trainer
         batch = self._step().batch
-        tokens = _tokens_in(batch) * self.world_size * trainer.accumulate_grad_batches * max(0, trainer.max_steps)
+        tokens = (
+            _tokens_in(batch) * self.layout.data_parallel * trainer.accumulate_grad_batches * max(0, trainer.max_steps)
+        )
         return Schedule(
             length=batch["tokens"].shape[1],
             steps=trainer.max_steps,
@@ -274,66 +342,119 @@ class Experiment:
             checkpointing=bool(self._spec.init_args.get("activation_checkpointing")),
             translates="target_tokens" in batch,
             on_gpu=self.on_gpu,
-            sharded=self.sharded,
+            layout=self.layout,
         )
 
-    def cost(self, name: str, sizes: Mapping[str, int], *, trace: bool = True) -> Cost:
-        """Count everything; with ``trace`` also operations and memory, which takes a second or more."""
+    def cost(
+        self, name: str, sizes: Mapping[str, int], *, trace: bool = True, layouts: Mapping[str, Layout] | None = None
+    ) -> Cost:
+        """Count everything; with ``trace`` also operations, memory and what is sent, which takes a second or more.
+
+        Args:
+            name: of the attention.
+            sizes: what was changed for it, to record.
+            trace: whether to follow a step.
+            layouts: further ones to count for, by names; each rank has the micro-batch that it has in the config's, and
+                gradients are views of their buckets, as in configs/strategy/ddp.yaml.
+
+        Raises:
+            ValueError: the net cannot be laid out as the config says.
+        """
         task = self.empty_task()
         counts = count_parameters(task)
         tokens = _tokens_in(self._step().batch)
-        cache = cache_size(task.net)
+        cached = cache_size(task.net)
         if not trace:
-            return Cost(name, sizes, counts, cache, tokens, None, None)
-        return Cost(name, sizes, counts, cache, tokens, self.flops(), self._memory(task))
+            return Cost(name, sizes, counts, cached, tokens, None, None)
+        followed = _Followed(self)
+        share = self._share(task, self.layout, followed)
+        scaled = {
+            key: self._share(task, layout, followed) if can_split(task, layout.parts) else None
+            for key, layout in (layouts or {}).items()
+        }
+        return Cost(name, sizes, counts, cached, tokens, followed.flops(1), share, scaled)
+
+    def _share(self, task: Task, layout: Layout, followed: _Followed) -> Share:
+        micro_batches = self.config.trainer.accumulate_grad_batches
+        found = collectives(
+            task,
+            layout,
+            gathered=self.precision.computing,
+            reduced=self.precision.weights,
+            micro_batches=micro_batches,
+            exchanged=followed.exchanged() if layout.parts > 1 else None,
+        )
+        memory = self._memory(task, layout, followed)
+        tokens = _tokens_in(self._step().batch)
+        needed = followed.flops(1).training / layout.parts
+        return Share(layout, memory, followed.flops(layout.parts), needed, found, tokens, micro_batches)
 
     def _step(self) -> Step:
         return Step(
             self.make_task,
-            self.data.largest_batch(self.world_size),
+            self.data.largest_batch(self.layout.data_parallel),
             dtype=self.precision.weights,
             autocast=self.precision.autocast,
-            fused_attention=self.on_gpu,
-            accumulating=self._accumulating,
+            as_on_gpu=self.on_gpu,
         )
 
-    @property
-    def _accumulating(self) -> bool:
-        """Whether gradients are counted apart from what a micro-batch needs."""
-        return self.sharded or self.config.trainer.accumulate_grad_batches > 1
-
-    def _of_depth(self, depths: tuple[int, int], count: Callable[[Step], Counts]) -> Counts:
+    def _of_depth(self, step: Step, depths: tuple[int, int], count: Callable[[Step], Counts]) -> Counts:
         """Count a step, of a deep net from two shallow ones."""
-        step, net = self._step(), self.net_settings
+        net = self.net_settings
         if net.get("n_layers") is None or net.get("n_decoder_layers") is not None:
             return count(step)
         return of_depth(
             net.n_layers, depths, lambda depth: count(replace(step, make_task=partial(self.make_task, depth)))
         )
 
-    def _memory(self, task: Task) -> Memory:
+    def _memory(self, task: Task, layout: Layout, followed: _Followed) -> Memory:
         size = self.precision.weights.itemsize
-        weights = sum(p.numel() for p in task.parameters()) * size
-        gradients = sum(p.numel() for p in task.parameters() if p.requires_grad) * size
-        step = self._of_depth(MEMORY_DEPTHS, Step.memory)
+        shapes = split_shapes(task, layout.parts)
+        weights = padded(task.parameters(), layout, shapes) // layout.shards * size
+        gradients = padded((p for p in task.parameters() if p.requires_grad), layout, shapes) // layout.shards * size
+        # gradients are counted apart from what a micro-batch needs, if they are sharded or kept from the one before
+        accumulating = layout.sharded or self.config.trainer.accumulate_grad_batches > 1
+        step = followed.memory(layout.parts, layout.sharded, accumulating)
         activations = step.peak
-        if not self._accumulating:
+        if not accumulating:
             # Lightning drops the last step's gradients after the forward pass; those of this one come in the backward
             activations = max(step.forward, step.early - gradients, step.late - gradients)
         communication = 0
-        shards = 1
-        if self.sharded:
-            shards = self.world_size
-            blocks = getattr(task.net, "blocks", None) or [task.net]
-            sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-            root = weights // size - sum(sizes)  # embeddings and heads, gathered for the whole step
-            # the block that is computed and the next one, which is fetched meanwhile, and the largest gradient
-            communication = (root + 2 * max(sizes) + max(root, *sizes)) * size
-        elif self.world_size > 1:
+        if layout.shards > 1:
+            *sizes, root = (padded(group, layout, shapes) for group in parameter_groups(task))
+            gathered = self.precision.computing.itemsize
+            # embeddings and heads, for the whole step; the block that is computed and the next one, which is fetched
+            # meanwhile; and the largest gradient
+            communication = (root + 2 * max(sizes, default=0)) * gathered + max(root, *sizes) * size
+        elif layout.replicas > 1 and layout is self.layout and not self._bucket_view:
             communication = gradients  # the buckets are a copy of them
-        return Memory(
-            weights // shards, gradients // shards, ADAMW_STATES * gradients // shards, activations, communication
-        )
+        return Memory(weights, gradients, ADAMW_STATES * gradients, activations, communication)
+
+
+class _Followed:
+    """Steps of an experiment that have been followed, each once.
+
+    Args:
+        experiment: whose steps; its net is not changed meanwhile.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self._step = experiment._step()
+        self._of_gathered = replace(self._step, dtype=experiment.precision.computing)
+        self._of_depth = experiment._of_depth
+        self.flops = cache(self._flops)
+        self.memory = cache(self._memory)
+        self.exchanged = cache(self._exchanged)
+
+    def _flops(self, parts: int) -> Flops:
+        return self._of_depth(replace(self._step, parts=parts), FLOPS_DEPTHS, Step.flops)
+
+    def _memory(self, parts: int, sharded: bool, accumulating: bool) -> StepMemory:
+        step = replace(self._of_gathered if sharded else self._step, parts=parts, accumulating=accumulating)
+        return self._of_depth(step, MEMORY_DEPTHS, Step.memory)
+
+    def _exchanged(self) -> Exchanged:
+        return self._of_depth(self._of_gathered, FLOPS_DEPTHS, Step.exchanged)
 
 
 def _tokens_in(batch: Mapping[str, Any]) -> int:
@@ -363,6 +484,24 @@ def processes_of(trainer: Namespace) -> int:
     if str(devices).isdigit() and int(devices) > 0:
         return int(devices) * int(trainer.num_nodes)
     return 1
+
+
+def layout_of(strategy: Any, world_size: int) -> Layout:
+    """How a trainer's strategy arranges ``world_size`` processes; those that shard have ``sharded`` set.
+
+    Raises:
+        ValueError: they cannot be arranged as the strategy asks.
+    """
+    if world_size == 1 or not any(name in _strategy_name(strategy) for name in SHARDED):
+        return Layout(world_size)
+    settings = _settings(strategy)
+    parts = settings.get("tensor_parallel", settings.get("tensor_parallel_size"))
+    return Layout.of_shards(world_size, settings.get("shard"), parts if isinstance(parts, int) else 1)
+
+
+def _settings(strategy: Any) -> Namespace:
+    """Arguments of a strategy, those that a config gives."""
+    return (strategy.get("init_args") if isinstance(strategy, Namespace) else None) or Namespace()
 
 
 def _strategy_name(strategy: Any) -> str:

@@ -6,13 +6,14 @@ The step is the task's own, so an attention, a net or a task of a user's own is 
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mhe_lightning.attention import Attention
+from mhe_lightning.communication import (
+    Exchanged,
+    has_one_head,
+    shared_projections,
+    split_projections,
+    split_shapes,
+    splits_context,
+)
+from mhe_lightning.models.layers import FeedForward
 from mhe_lightning.models.loss import IGNORE
 from mhe_lightning.tasks import Task
 
@@ -66,18 +76,20 @@ class Step:
         batch: a training batch of the shape to plan for. Where its ``targets`` are -100 nothing is predicted.
         dtype: of the weights.
         autocast: dtype of mixed precision, such as ``torch.bfloat16``; None for none.
-        fused_attention: take attention dropout for part of the attention kernel, as on GPUs; a CPU's kernel has none,
-            so that torch keeps all attention weights there.
+        as_on_gpu: take attention dropout for part of the attention kernel (a CPU's has none, so that torch keeps all
+            attention weights there), and compute norms in float32 in mixed precision.
         accumulating: there are gradients from an earlier micro-batch, to which this one's are added; they are not
             counted then.
+        parts: processes that share the heads and feed-forward layers; one of them is followed.
     """
 
     make_task: Callable[[], Task]
     batch: Batch
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
-    fused_attention: bool = False
+    as_on_gpu: bool = False
     accumulating: bool = False
+    parts: int = 1
 
     def flops(self) -> Flops:
         """Count operations.
@@ -108,6 +120,16 @@ class Step:
         half = len(backward) // 2
         return StepMemory(kept, max(forward), max(backward[:half]), max(backward[half:]))
 
+    def exchanged(self) -> Exchanged:
+        """What tensor parallelism would sum; errors as in `flops`."""
+        with self._traceable() as (task, loss, n_targets), _Answers(n_targets):
+            sums = _PartialSums(task)
+            result = loss()
+            task._window.clear()
+            sums.recomputing = True
+            result.backward()  # type: ignore[no-untyped-call]
+        return sums.exchanged
+
     @contextmanager
     def _traceable(self) -> Iterator[tuple[Task, Callable[[], Tensor], int | None]]:
         """The task without memory, a function that makes its loss, and how many targets the batch has."""
@@ -115,10 +137,14 @@ class Step:
         with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(self.dtype):
             task = self.make_task().train()
             task.configure_model()
-            if self.fused_attention:
+            if self.parts > 1:
+                _keep_part(task, self.parts)
+            if self.as_on_gpu:
                 for module in task.modules():
                     if isinstance(module, Attention):
                         module.dropout = 0.0
+                    elif isinstance(module, nn.LayerNorm) and self.autocast is not None:
+                        module.register_forward_hook(lambda module, inputs, output: output.float())
             batch = {k: torch.empty_like(v) if isinstance(v, Tensor) else v for k, v in self.batch.items()}
 
             def loss() -> Tensor:
@@ -146,7 +172,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-Counts = TypeVar("Counts", Flops, StepMemory)
+Counts = TypeVar("Counts", Flops, StepMemory, Exchanged)
 
 
 def of_depth(layers: int, depths: tuple[int, int], count: Callable[[int], Counts]) -> Counts:
@@ -243,3 +269,73 @@ class _Memory(_Answers):
     def _change(self, nbytes: int) -> None:
         self.live += nbytes
         self._height = max(self._height, self.live)
+
+
+class _PartialSums:
+    """Counts what tensor parallelism sums, at the inputs and outputs of the layers that it splits.
+
+    Args:
+        task: it is watched from now on.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self.recomputing = False
+        self._sums_again = getattr(task.net, "checkpoint_activations", False) is True  # "selective" keeps sums
+        self._found: Counter[str] = Counter()
+        for module in task.modules():
+            if isinstance(module, FeedForward):
+                module.register_forward_pre_hook(lambda module, inputs: self._watch(inputs[0]))
+                module.w_2.register_forward_hook(self._output)
+            elif isinstance(module, Attention) and not has_one_head(module):
+                module.register_forward_pre_hook(self._attention_inputs, with_kwargs=True)
+                for projection in shared_projections(module):
+                    projection.register_forward_hook(lambda module, inputs, output: self._watch(output))
+                module.w_o.register_forward_hook(self._output)
+
+    @property
+    def exchanged(self) -> Exchanged:
+        return Exchanged(*(self._found[name] for name in Exchanged._fields))
+
+    def _attention_inputs(self, attention: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        x, context = inputs[0], options.get("context")
+        if context is None:
+            context = x
+        parts = [x] if split_projections(attention) else []
+        if splits_context(attention) and not any(context is part for part in parts):
+            parts.append(context)
+        for part in parts:
+            self._watch(part)
+
+    def _output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if not self.recomputing:
+            self._count("forward", output)
+        elif self._sums_again:
+            self._count("recomputed", output)
+
+    def _watch(self, tensor: Tensor) -> None:
+        """Count the gradient of ``tensor``, of which each process has a part; a recomputed one has none."""
+        if tensor.requires_grad and not self.recomputing:
+            tensor.register_hook(lambda gradient: self._count("backward", gradient))
+
+    def _count(self, name: str, tensor: Tensor) -> None:
+        self._found[name] += tensor.nbytes
+        self._found[f"{name}_calls"] += 1
+
+
+def _keep_part(task: Task, parts: int) -> None:
+    """Leave of the heads and feed-forward layers what one of ``parts`` tensor-parallel processes computes, in place."""
+    shapes = split_shapes(task, parts)
+    for module in list(task.modules()):
+        if isinstance(module, Attention) and not has_one_head(module):
+            _keep_heads(module, module.n_heads // parts)
+    for module in task.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in shapes:
+                own = nn.Parameter(parameter.new_empty(shapes[id(parameter)]), requires_grad=parameter.requires_grad)
+                setattr(module, name, own)
+
+
+def _keep_heads(attention: Attention, n_heads: int) -> None:
+    """Store no more heads of keys and values than there are queries; projections that are split have no others."""
+    key_value = attention.key_value
+    attention.key_value = lambda context: tuple(s[:, :n_heads] for s in key_value(context))  # type: ignore[method-assign]

@@ -132,9 +132,79 @@ def test_ranks_of_a_sharded_model_hold_their_parts(strategy, plan):
     whole = plan(attentions=["mha"])["variants"]["mha"]
     shared = plan("--world_size=8", f"--trainer.strategy={strategy}", attentions=["mha"])["variants"]["mha"]
     for part in ("weights", "gradients", "optimizer"):
-        assert shared["memory_bytes"][part] == whole["memory_bytes"][part] // 8
+        row = whole["memory_bytes"][part] // whole["total"] * 16  # of the embedding of 300 tokens: FSDP2 adds 4 of them
+        assert shared["memory_bytes"][part] == (whole["memory_bytes"][part] + 4 * row) // 8
     assert shared["memory_bytes"]["communication"] > 0
     assert shared["total"] == whole["total"]
+
+
+def test_a_sharded_strategys_sizes_lay_the_processes_out(plan):
+    strategy = ["--trainer.strategy=mhe_lightning.strategies.Sharded", "--world_size=16"]
+    sizes = ["--trainer.strategy.shard=4", "--trainer.strategy.tensor_parallel=2", "--data.batch_size=8"]
+    whole = plan("--data.batch_size=1", attentions=["mhe_add"])["variants"]["mhe_add"]
+    record = plan(*strategy, *sizes, attentions=["mhe_add"])
+    assert record["schedule"]["layout"] == {"replicas": 2, "shards": 4, "parts": 2, "sharded": True}
+    cost = record["variants"]["mhe_add"]
+    for part in (
+        "weights",
+        "gradients",
+        "optimizer",
+    ):  # shards of what the parts have: blocks in halves, embeddings whole
+        assert whole["memory_bytes"][part] / 8 < cost["memory_bytes"][part] < whole["memory_bytes"][part] / 4
+    assert cost["training_flops_per_token"] == whole["training_flops_per_token"]
+    sent = cost["communication"]["collectives"]
+    assert {(one["kind"], one["group"], one["carries"]) for one in sent} == {
+        ("all_gather", "shards", "parameters"),
+        ("reduce_scatter", "shards", "gradients"),
+        ("all_reduce", "replicas", "gradients"),
+        ("all_reduce", "parts", "activations"),
+    }
+    assert cost["communication"]["sent_bytes"] == pytest.approx(sum(one["sent"] for one in sent))
+
+
+def test_shipped_data_parallelism_keeps_no_copy_of_the_gradients(plan):
+    strategy = ["--config", str(ROOT / "configs/strategy/ddp.yaml"), "--world_size=2"]
+    memory = plan(*strategy, attentions=["mha"])["variants"]["mha"]["memory_bytes"]
+    assert memory["communication"] == 0
+
+
+def test_further_layouts_keep_the_micro_batch_and_take_the_time(plan):
+    options = ["--scale", "4", "16", "--per_node=4", "--tensor_parallel=2", "--peak_tflops=1e-3", "--mfu=0.5"]
+    cost = plan(*options, attentions=["mha", "sha"])["variants"]["mha"]
+    assert cost["communication"]["sent_bytes"] == 0  # the config's own is one process
+    kinds = ["DDP", "FSDP", "tensor parallelism"]
+    names = [f"{n} processes by {kind}" for n in (4, 16) for kind in kinds]
+    assert set(cost["scaled"]) == {*names, "16 processes by hybrid sharding"}
+    ddp, parts = cost["scaled"]["16 processes by DDP"], cost["scaled"]["16 processes by tensor parallelism"]
+    gradients = 4 * cost["total"]
+    assert ddp["sent_bytes"] == pytest.approx(2 * 15 / 16 * gradients, rel=1e-3)  # and a counter of tokens
+    tokens = 8 * 16  # rows and their length
+    computing = tokens * cost["training_flops_per_token"] / 0.5e9
+    assert ddp["seconds"]["computing"] == pytest.approx(computing)
+    assert ddp["tokens_per_second"] == pytest.approx(16 * tokens / ddp["seconds"]["overlapped"])
+    assert ddp["efficiency"] == pytest.approx(computing / ddp["seconds"]["overlapped"])
+    assert parts["training_flops"] < ddp["training_flops"]
+    assert parts["layout"] == {"replicas": 1, "shards": 8, "parts": 2, "sharded": True}
+    assert parts["efficiency"] < 1
+
+
+def test_a_layout_that_an_attention_does_not_allow_is_left_empty(command, config):
+    options = [
+        "--attentions",
+        "gqa",
+        "--reference",
+        "mha",
+        "--model.net.n_heads=4",
+        "--scale",
+        "4",
+        "--tensor_parallel=4",
+    ]
+    code, out, err = command("plan", "--config", str(config), *options)
+    assert code == 0, err
+    table = out[out.index("4 processes by tensor parallelism") :]
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.startswith(("gqa", "mha"))}
+    assert set(rows["gqa"]) == {"–"}
+    assert "–" not in rows["mha"]
 
 
 @pytest.mark.parametrize(("devices", "processes"), [("auto", 1), ("-1", 1), ("2", 2), ("0,1", 2)])
@@ -152,6 +222,9 @@ def test_devices_that_are_left_to_the_machine_are_taken_for_one_process(devices,
         (["--mfu", "0"], "--mfu (0.0) must be above 0"),
         (["--mfu", "1.5"], "--mfu (1.5) must be above 0"),
         (["--peak_tflops", "inf"], "--peak_tflops (inf) must be positive"),
+        (["--scale", "0"], "--scale (0) must be positive"),
+        (["--scale", "8", "--no_trace"], "leave out --no_trace"),
+        (["--network_bandwidth", "0"], "--network_bandwidth (0.0) must be positive"),
         (["--mode", "equal_time"], "--mode: invalid choice: 'equal_time'"),
         (["--world_sise", "8"], "did you mean --world_size?"),
         (["--trainer.precision", "16-mixed"], "trainer.precision (16-mixed) must be one of"),

@@ -160,8 +160,8 @@ def test_flops_of_a_decoder_by_hand():
     assert step_of("decoder").flops() == (forward, training)
 
 
-def test_fused_attention_leaves_the_operations_of_dropout_to_the_kernel():
-    dropping, plain = step_of("decoder", attention_dropout=0.1, fused_attention=True), step_of("decoder")
+def test_a_gpu_has_the_operations_of_dropout_in_its_kernel():
+    dropping, plain = step_of("decoder", attention_dropout=0.1, as_on_gpu=True), step_of("decoder")
     assert dropping.flops() == plain.flops()
     assert dropping.memory() == plain.memory()
 

@@ -5,6 +5,7 @@ from mhe_lightning.callbacks.checkpoints import Checkpoints
 from mhe_lightning.callbacks.chrome_trace import Profile
 from mhe_lightning.callbacks.exact_resume import ExactResume
 from mhe_lightning.callbacks.logs import RankLogs
+from mhe_lightning.callbacks.loss_guard import LossGuard
 from mhe_lightning.callbacks.memory_timeline import MemoryTimeline
 from mhe_lightning.callbacks.metrics_csv import MetricsCSV
 from mhe_lightning.callbacks.predictions import Predictions
@@ -19,6 +20,7 @@ __all__ = [
     "AverageCheckpoints",
     "Checkpoints",
     "ExactResume",
+    "LossGuard",
     "MemoryTimeline",
     "MetricsCSV",
     "PlainProgress",

@@ -95,7 +95,7 @@ class SequenceClassification(Task):
         return self.head(hidden, batch.get("padding"), batch.get("spans")).float()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses = self._losses(self(batch), batch)
+        losses = self._losses(self.forward(batch), batch)  # self(batch) would shard the root twice (FSDP2)
         return self.accumulate(losses.sum(), torch.tensor(len(losses), device=losses.device), tokens_read(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

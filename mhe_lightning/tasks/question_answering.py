@@ -97,7 +97,7 @@ class ExtractiveQuestionAnswering(Task):
         return start, end
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        start, end = self(batch)
+        start, end = self.forward(batch)  # self(batch) would shard the root twice (FSDP2)
         losses = _losses(start, end, batch)
         return self.accumulate(losses.sum(), torch.tensor(len(losses), device=losses.device), tokens_read(batch))
 

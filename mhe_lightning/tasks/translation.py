@@ -101,7 +101,8 @@ class Translation(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         targets = batch["targets"]
         n_targets = (targets != IGNORE).sum()
-        loss = self.net.loss(self(batch), targets, label_smoothing=self.label_smoothing)  # type: ignore[operator]
+        hidden = self.forward(batch)  # self(batch) would shard the root twice (FSDP2)
+        loss = self.net.loss(hidden, targets, label_smoothing=self.label_smoothing)  # type: ignore[operator]
         real = batch["padding"] if "padding" in batch else torch.ones_like(batch["tokens"], dtype=torch.bool)
         n_sources = (real & (batch["rows"] >= 0)[:, None]).sum()  # a rank without rows has one that stands for none
         return self.accumulate(loss, n_targets, n_sources + n_targets)

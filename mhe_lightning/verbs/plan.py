@@ -19,6 +19,15 @@ from mhe_lightning.planning import DTYPES, Cost, Experiment, Schedule
 from mhe_lightning.sizing import match
 from mhe_lightning.variants import config_files, find_overlays
 from mhe_lightning.verbs.passing import PassingParser, add_variant_arguments
+from mhe_lightning.verbs.plan_columns import MIB, Against, MakeTable, Part, big, count, decimal, make_table, ratio_to
+from mhe_lightning.verbs.plan_scaling import (
+    add_scaling_arguments,
+    check_scaling,
+    layouts_of,
+    rate_of,
+    scaling_tables,
+    share_record,
+)
 
 DESCRIPTION = """\
 What an experiment will cost with each attention: parameters by part, FLOPs, KV caches, memory of a training step, and
@@ -31,9 +40,9 @@ examples:
   train.py plan --config configs/experiment/gpt2_base_wikitext103.yaml
   … --attentions mha mhe_add mqa --mode equal_parameters --spend width
   … --batch 32 --context 8192 --world_size 8 --peak_tflops 989 --mfu 0.4
+  … --scale 8 64 1024 --peak_tflops 989 --mfu 0.4
   … --json plan.json --csv plan.csv"""
 
-MIB = 2**20
 DAY = 86_400
 
 
@@ -60,6 +69,7 @@ def main(verb: str, args: list[str]) -> None:
 
 
 def _check(parser: PassingParser, options: argparse.Namespace) -> None:
+    check_scaling(parser, options)
     for name in ("batch", "context", "vocab_size", "world_size", "peak_tflops"):
         value = getattr(options, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -88,7 +98,7 @@ def _plan(options: argparse.Namespace, rest: Sequence[str]) -> tuple[list[Cost],
         )
         arguments = [*rest, f"--model.net.attention={overlay}", *(f"--{key}={value}" for key, value in sizes.items())]
         experiment = Experiment(experiments.parse(arguments), options.vocab_size, options.world_size)
-        costs.append(experiment.cost(name, sizes, trace=not options.no_trace))
+        costs.append(experiment.cost(name, sizes, trace=not options.no_trace, layouts=layouts_of(options)))
     costs.sort(key=lambda cost: -cost.attention_weights)
     return costs, experiment.schedule()
 
@@ -97,12 +107,12 @@ def _tables(costs: Sequence[Cost], schedule: Schedule, options: argparse.Namespa
     reference = next(cost for cost in costs if cost.name == Path(options.reference).stem)
     baseline = next(cost for cost in costs if cost.name == Path(options.baseline).stem)
 
-    def against(measure: Callable[[Cost], float | None]) -> list[_Part]:
-        return [_ratio(measure, other) for other in (reference, baseline)]
+    def against(measure: Callable[[Cost], float | None]) -> list[Part]:
+        return [ratio_to(measure, other) for other in (reference, baseline)]
 
-    def table(caption: str, parts: Sequence[_Part], notes: Sequence[str] = ()) -> Table:
-        name = _Part("attention", lambda cost: cost.name, str, "left")
-        return _table(caption, [name, *parts], costs, notes)
+    def table(caption: str, parts: Sequence[Part], notes: Sequence[str] = ()) -> Table:
+        name = Part("attention", lambda cost: cost.name, str, "left")
+        return make_table(caption, [name, *parts], costs, notes)
 
     def attention(cost: Cost) -> float:
         return cost.attention_weights
@@ -113,21 +123,21 @@ def _tables(costs: Sequence[Cost], schedule: Schedule, options: argparse.Namespa
         table(
             "Attention parameters, weights and biases apart",
             [
-                _Part("QKV weights", lambda cost: cost.counts["attention_qkv"].weights, _count),
-                _Part("output weights", lambda cost: cost.counts["attention_output"].weights, _count),
-                _Part("weights", attention, _count),
+                Part("QKV weights", lambda cost: cost.counts["attention_qkv"].weights, count),
+                Part("output weights", lambda cost: cost.counts["attention_output"].weights, count),
+                Part("weights", attention, count),
                 *against(attention),
-                _Part("biases", lambda cost: cost.attention_biases, _count),
-                *(_Part(key.removeprefix("model.net."), _size(key), _count) for key in sizes),
+                Part("biases", lambda cost: cost.attention_biases, count),
+                *(Part(key.removeprefix("model.net."), _size(key), count) for key in sizes),
             ],
         ),
         table(
             "Parameters by part",
             [
-                *(_Part(part.replace("_", " "), _of_part(part), _count) for part in parts),
-                _Part("total", lambda cost: cost.total, _count),
+                *(Part(part.replace("_", " "), _of_part(part), count) for part in parts),
+                Part("total", lambda cost: cost.total, count),
                 *against(lambda cost: cost.total),
-                _Part("without embeddings", lambda cost: cost.without_embeddings, _count),
+                Part("without embeddings", lambda cost: cost.without_embeddings, count),
             ],
             [f"a vocabulary of {schedule.vocab_size:,} tokens; what is tied counts once"],
         ),
@@ -137,9 +147,9 @@ def _tables(costs: Sequence[Cost], schedule: Schedule, options: argparse.Namespa
             table(
                 f"FLOPs per token, in rows of {schedule.length} tokens",
                 [
-                    _Part("forward", lambda cost: cost.forward_flops, _big),
+                    Part("forward", lambda cost: cost.forward_flops, big),
                     *against(lambda cost: cost.forward_flops),
-                    _Part("training", lambda cost: cost.training_flops, _big),
+                    Part("training", lambda cost: cost.training_flops, big),
                     *against(lambda cost: cost.training_flops),
                 ],
                 ["matrix products, two for a multiply–add; a causal mask saves nothing"],
@@ -151,10 +161,11 @@ def _tables(costs: Sequence[Cost], schedule: Schedule, options: argparse.Namespa
         tables.append(_memory_table(table, against, schedule))
         if options.peak_tflops:
             tables.append(_time_table(table, against, schedule, options))
+        tables += scaling_tables(table, costs, schedule, options)
     return tables
 
 
-def _cache_table(table: _MakeTable, against: _Against, schedule: Schedule, options: argparse.Namespace) -> Table:
+def _cache_table(table: MakeTable, against: Against, schedule: Schedule, options: argparse.Namespace) -> Table:
     size = (DTYPES[options.cache_dtype] if options.cache_dtype else schedule.cache_dtype).itemsize
     context = options.context or schedule.length
 
@@ -167,23 +178,23 @@ def _cache_table(table: _MakeTable, against: _Against, schedule: Schedule, optio
     def whole(cost: Cost) -> float:
         return options.batch * context * (own(cost) + source(cost)) / MIB
 
-    with_source = [_Part("bytes per source token", source, _count)] if schedule.translates else []
+    with_source = [Part("bytes per source token", source, count)] if schedule.translates else []
     note = ["the context is that of the source and of what is generated, each"] if schedule.translates else []
     return table(
         "KV cache of all layers",
         [
-            _Part("bytes per token", own, _count),
+            Part("bytes per token", own, count),
             *with_source,
-            _Part(f"{options.batch} × {context:,} tokens, MiB", whole, _decimal),
+            Part(f"{options.batch} × {context:,} tokens, MiB", whole, decimal),
             *against(whole),
         ],
         [f"{size} bytes a number", *note],
     )
 
 
-def _memory_table(table: _MakeTable, against: _Against, schedule: Schedule) -> Table:
+def _memory_table(table: MakeTable, against: Against, schedule: Schedule) -> Table:
     parts = [
-        _Part(f"{name}, MiB", _memory(name), _decimal)
+        Part(f"{name}, MiB", _memory(name), decimal)
         for name in ("weights", "gradients", "optimizer", "activations", "communication", "total")
         if name != "communication" or schedule.world_size > 1
     ]
@@ -198,13 +209,13 @@ def _memory_table(table: _MakeTable, against: _Against, schedule: Schedule) -> T
             f"{'a rank' if schedule.world_size > 1 else 'one process'}, attention as "
             f"{'a GPU' if schedule.on_gpu else 'a CPU'} computes it; activations hold what a moment needs, too; "
             "the libraries themselves come on top",
-            *(["weights, gradients and optimizer are sharded by blocks over the ranks"] if schedule.sharded else []),
+            *([f"a net is laid out as {schedule.layout}"] if schedule.layout.sharded else []),
         ],
     )
 
 
-def _time_table(table: _MakeTable, against: _Against, schedule: Schedule, options: argparse.Namespace) -> Table:
-    rate = options.peak_tflops * 1e12 * options.mfu * schedule.world_size
+def _time_table(table: MakeTable, against: Against, schedule: Schedule, options: argparse.Namespace) -> Table:
+    rate = rate_of(options) * schedule.world_size
 
     def speed(cost: Cost) -> float:
         return rate / (cost.training_flops or math.inf)
@@ -212,44 +223,16 @@ def _time_table(table: _MakeTable, against: _Against, schedule: Schedule, option
     return table(
         "Time, estimated",
         [
-            _Part("tokens/s", speed, lambda value: _count(round(value))),
+            Part("tokens/s", speed, lambda value: count(round(value))),
             *against(speed),
-            _Part("days", lambda cost: schedule.tokens / speed(cost) / DAY, lambda value: f"{value:,.3g}"),
+            Part("days", lambda cost: schedule.tokens / speed(cost) / DAY, lambda value: f"{value:,.3g}"),
         ],
         [
             f"at most {schedule.tokens:,} tokens in {schedule.steps:,} steps; {options.peak_tflops:g} TFLOP/s a "
-            f"process at its peak, of which {options.mfu:.0%} are assumed to be used, by every attention"
+            f"process at its peak, of which {options.mfu:.0%} are assumed to be used, by every attention",
+            *(["as if nothing had to be sent"] if schedule.world_size > 1 else []),
         ],
     )
-
-
-_MakeTable = Callable[..., Table]
-_Against = Callable[[Callable[[Cost], float | None]], "list[_Part]"]
-
-
-class _Part:
-    """A column: what it measures of a variant, and how that is shown."""
-
-    def __init__(self, title: str, measure: Callable[[Cost], Any], show: Callable[[Any], str], align: Any = "right"):
-        self.column = Column(title, align)
-        self.measure = measure
-        self.show = show
-
-
-def _table(caption: str, parts: Sequence[_Part], costs: Sequence[Cost], notes: Sequence[str]) -> Table:
-    values = [[part.measure(cost) for part in parts] for cost in costs]
-    rows = [
-        ["–" if value is None else part.show(value) for part, value in zip(parts, row, strict=True)] for row in values
-    ]
-    return Table(caption, [part.column for part in parts], rows, notes, values)
-
-
-def _ratio(measure: Callable[[Cost], float | None], other: Cost) -> _Part:
-    def ratio(cost: Cost) -> float | None:
-        one, all_ = measure(cost), measure(other)
-        return one / all_ if one is not None and all_ else None
-
-    return _Part(f"× {other.name}", ratio, lambda value: f"{value:.3f}")
 
 
 def _size(key: str) -> Callable[[Cost], int | None]:
@@ -262,21 +245,6 @@ def _of_part(part: str) -> Callable[[Cost], int]:
 
 def _memory(name: str) -> Callable[[Cost], float]:
     return lambda cost: getattr(cost.memory, name) / MIB
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _decimal(value: float) -> str:
-    return f"{value:,.1f}"
-
-
-def _big(value: float) -> str:
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.4g} {unit}"
-    return f"{value:g}"
 
 
 def _joined(tables: Sequence[Table]) -> Table:
@@ -313,6 +281,8 @@ def _record(costs: Sequence[Cost], schedule: Schedule, options: argparse.Namespa
                 "forward_flops_per_token": cost.forward_flops,
                 "training_flops_per_token": cost.training_flops,
                 "memory_bytes": None if cost.memory is None else {**vars(cost.memory), "total": cost.memory.total},
+                "communication": share_record(cost.share, options),
+                "scaled": {name: share_record(share, options) for name, share in cost.scaled.items()},
             }
             for cost in costs
         },
@@ -343,7 +313,8 @@ def _parser() -> PassingParser:
     parser.add_argument(
         "--mfu", type=float, default=0.4, help="Model FLOPs utilisation: the share of that peak (default: 0.4)."
     )
-    parser.add_argument("--no_trace", action="store_true", help="Leave out FLOPs, memory and time.")
+    add_scaling_arguments(parser)
+    parser.add_argument("--no_trace", action="store_true", help="Leave out FLOPs, memory, time and what is sent.")
     parser.add_argument("--json", metavar="FILE", help="Write everything as JSON; '-' prints it instead of the tables.")
     parser.add_argument("--csv", metavar="FILE", help="Write the tables' numbers as CSV.")
     return parser
