@@ -129,7 +129,7 @@ class Watch(threading.Thread):
             if verdict is not None:
                 self._take_down(verdict)
             before = now
-            if now - rearmed > 10:
+            if now - rearmed > LATEST / 6:
                 self._arm()
                 rearmed = now
         if self._timeout is not None:

@@ -63,9 +63,7 @@ def test_a_slow_rank_is_reported(tiny_config, tmp_path):
     folder = tmp_path / "runs" / "tiny"
     results = json.loads((folder / "results.json").read_text())
     assert results["step_times"]["straggler_reports"] == {"rank 1, compute": 3}, "at the second logged step and after"
-    line = "rank 1 holds up the others by its compute"
-    assert line in (tmp_path / "log").read_text()
-    assert line in (folder / "logs" / "rank-0000.log").read_text()
+    assert "rank 1 holds up the others by its compute" in (folder / "logs" / "rank-0000.log").read_text()
 
 
 def test_a_share_that_is_not_positive_is_refused():

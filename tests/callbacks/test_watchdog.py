@@ -67,10 +67,10 @@ def fit(tiny_config, tmp_path, capfd):
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_hangs_is_named_and_all_end(fit, rank):
-    ended = fit("sleep", "--watchdog.timeout_seconds=3", rank=rank, workers=1)
+    ended = fit("sleep", "--watchdog.timeout_seconds=8", rank=rank, workers=1)
 
     assert ended.codes == [1, 1]
-    assert ended.seconds < 40
+    assert ended.seconds < 60
     named = rf"rank {rank} \(host .*, process \d+\) has been in step 6, forward pass \(\[Callback\]FaultAt"
     assert re.search(named, ended.output), ended.output
     assert "faults.py" in ended.log(rank)
@@ -84,10 +84,10 @@ def test_a_rank_that_hangs_is_named_and_all_end(fit, rank):
 def test_a_rank_that_holds_pythons_lock_ends_too(fit, monkeypatch):
     monkeypatch.setattr("mhe_lightning.callbacks.watch.LATEST", 5.0)
 
-    ended = fit("sleep with the lock", "--watchdog.timeout_seconds=3")
+    ended = fit("sleep with the lock", "--watchdog.timeout_seconds=8")
 
     assert ended.codes == [1, 1]
-    assert re.search(r"rank 1 \(host .*\) has been in .* for 3 s; the others wait in step 6", ended.log(0))
+    assert re.search(r"rank 1 \(host .*\) has been in .* for 8 s; the others wait in step 6", ended.log(0))
     assert "most recent call first" in ended.output
 
 
@@ -97,7 +97,7 @@ def test_out_of_memory_on_one_rank_ends_all_with_the_remedy(fit):
     ended = fit("memory")
 
     assert ended.codes == [1, 1]
-    assert ended.seconds < 40
+    assert ended.seconds < 60
     for text in (ended.output, ended.log(0), ended.log(1)):
         assert re.search(r"rank 1 \(.*\) failed at step 6: out of memory \(OutOfMemoryError: CUDA out of memory", text)
         assert LESS_MEMORY in text
@@ -113,7 +113,7 @@ def test_an_error_on_one_rank_ends_all_and_is_told_apart_from_what_follows_from_
     ended = fit("bug", rank=rank)
 
     assert ended.codes == [1, 1]
-    assert ended.seconds < 40
+    assert ended.seconds < 60
     verdicts = {line.partition("; see")[0] for line in ended.output.splitlines() if line.startswith("rank ")}
     assert len(verdicts) == 1, "the other rank's lost connection is not the cause"
     assert re.fullmatch(rf"rank {rank} \(.*\) failed at step 6: KeyError: 'a bug'", verdicts.pop())
@@ -128,14 +128,27 @@ def test_a_rank_that_is_killed_is_missed(fit, rank):
 
     assert ended.codes[rank] == -9
     assert ended.codes[1 - rank] == 1
-    assert ended.seconds < 40
+    assert ended.seconds < 60
     assert re.search(rf"rank {rank} \(.*\) is gone, last seen in .*: killed, or crashed", ended.log(1 - rank))
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
+def test_a_rank_that_hangs_is_named_where_weights_are_sharded(fit):
+    overlay = ["--config", str(Path(__file__).parents[2] / "configs" / "strategy" / "fsdp.yaml")]
+
+    ended = fit("sleep", "--watchdog.timeout_seconds=20", *overlay, "--trainer.devices=2")
+
+    assert ended.codes == [1, 1]
+    assert re.search(r"rank 1 \(.*\) has been in step 6, forward pass \(\[Callback\]FaultAt", ended.output), (
+        ended.output
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
 def test_a_hang_in_the_validation_is_named(fit):
-    ended = fit("sleep", "--watchdog.timeout_seconds=3", "--trainer.callbacks.evaluation=true", micro_batch=1)
+    ended = fit("sleep", "--watchdog.timeout_seconds=8", "--trainer.callbacks.evaluation=true", micro_batch=1)
 
     assert ended.codes == [1, 1]
     assert re.search(r"rank 1 \(.*\) has been in the validation, after batch 0", ended.output), ended.output
@@ -143,7 +156,7 @@ def test_a_hang_in_the_validation_is_named(fit):
 
 @pytest.mark.slow
 def test_a_hang_of_a_single_process_is_named(fit):
-    ended = fit("sleep", "--watchdog.timeout_seconds=3", ranks=1, rank=0)
+    ended = fit("sleep", "--watchdog.timeout_seconds=8", ranks=1, rank=0)
 
     assert ended.codes == [1]
     assert re.search(r"the run \(.*\) has been in step 6, forward pass \(\[Callback\]FaultAt", ended.output)
@@ -153,7 +166,7 @@ def test_a_hang_of_a_single_process_is_named(fit):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_pauses_that_are_short_enough_and_an_end_alarm_nobody(fit):
-    ended = fit("sleep", "--watchdog.timeout_seconds=3", micro_batch=1000)
+    ended = fit("sleep", "--watchdog.timeout_seconds=8", micro_batch=1000)
 
     assert ended.codes == [0, 0]
     for rank in (0, 1):
