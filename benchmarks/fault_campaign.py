@@ -140,7 +140,9 @@ class Campaign:
         with self._root(name) as root:
             for fault, damage_to in zip_longest([*faults, None], damages[: len(faults) + 1]):
                 damaged = self._damage(root / name, damage_to, draw) if damage_to else None
-                attempts.append(self._attempt(name, root, ranks, workers, fault, damaged))
+                since = len(attempts) - next((i for i, a in enumerate(reversed(attempts)) if a.trained), len(attempts))
+                n_damaged = sum(a.damaged is not None for a in attempts[since:]) + (damaged is not None)
+                attempts.append(self._attempt(name, root, ranks, workers, fault, damaged, n_damaged))
                 if attempts[-1].codes == [0] * ranks:
                     break
             problems = [problem for attempt in attempts for problem in attempt.problems]
@@ -161,7 +163,7 @@ class Campaign:
             name = f"whole-{ranks}-{workers}"
             begun = time.monotonic()
             with self._root(name) as root:
-                attempt = self._attempt(name, root, ranks, workers, None, None)
+                attempt = self._attempt(name, root, ranks, workers, None)
                 if attempt.codes != [0] * ranks or attempt.problems:
                     raise RuntimeError(f"a run without faults failed: {attempt}\n{(root / 'log').read_text()}")
                 self._references[ranks, workers] = content(root / name), time.monotonic() - begun
@@ -184,8 +186,19 @@ class Campaign:
             shutil.rmtree(root, ignore_errors=True)
 
     def _attempt(
-        self, name: str, root: Path, ranks: int, workers: int, fault: Fault | None, damaged: str | None
+        self,
+        name: str,
+        root: Path,
+        ranks: int,
+        workers: int,
+        fault: Fault | None,
+        damaged: str | None = None,
+        n_damaged: int = 0,
     ) -> Attempt:
+        """Start the run, which may be damaged, and judge how it went on and ended.
+
+        ``n_damaged`` checkpoints were damaged since it last trained.
+        """
         log = self.work / "roots" / f"{name}.log"
         with open(log, "a", encoding="utf-8") as file:
             file.write(f"\n===== {fault} after {damaged}\n")
@@ -216,7 +229,7 @@ class Campaign:
         if told and went_on_from != whole:
             problems.append(f"went on from step {went_on_from}, the newest whole checkpoint is of step {whole}")
         # one that several processes write is written while training goes on, and complete before the next begins
-        allowed = EVERY * (1 + (damaged is not None) + (self.overlay is not None))
+        allowed = EVERY * (1 + n_damaged + (self.overlay is not None))
         if told and was_at - went_on_from > allowed:
             problems.append(f"went on from step {went_on_from}, but step {was_at} had been reached")
         if trained and fault is not None and fault.kind.startswith("SIGTERM") and processes.codes == [143] * ranks:

@@ -49,10 +49,14 @@ def atomic_write(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
 
 def lacks_space(error: BaseException | None) -> bool:
     """Whether an error, or what it arose from, is that a disk or a quota is full."""
-    if error is None:
-        return False
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or os.strerror(errno.ENOSPC) in str(error) or lacks_space(error.__cause__ or error.__context__)
+    seen: set[int] = set()  # an error that was raised again can be its own cause
+    while error is not None and id(error) not in seen:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(error):  # torch's errors quote those of other processes
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def no_space(path: Path, needed: str) -> RunError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from conftest import logged, prepare
 from mhe_lightning import run as run_folder
 from mhe_lightning.checkpoint import AtomicCheckpointIO, damage, newest_checkpoint
 from mhe_lightning.errors import RunError
-from mhe_lightning.files import write_text
+from mhe_lightning.files import lacks_space, write_text
 from processes import run
 
 ENDS = 12
@@ -133,6 +134,15 @@ def test_a_text_that_does_not_fit_leaves_the_one_before(small_disk):
     with pytest.raises(RunError, match=r"results.json: no space left .* needs more than \d"):
         write_text(path, "x" * 3_000_000)
     assert path.read_text() == "before"
+
+
+def test_an_error_that_is_its_own_cause_is_looked_at_once():
+    error = RuntimeError("connection reset")
+    error.__cause__ = error
+    assert not lacks_space(error)
+    error = RuntimeError("unexpected position")
+    error.__context__ = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert lacks_space(error)
 
 
 @pytest.mark.parametrize("what", ["a checkpoint", "a row of metrics", "TensorBoard's file"])

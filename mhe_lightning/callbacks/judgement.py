@@ -13,7 +13,7 @@ SETTLE = {"failed": 1.5, "gone": 1.5, "collateral": 3.0, "terminated": 20.0}
 """Seconds from the first sign of trouble to the verdict: where one rank dies, the others' collectives fail too, and
 any of them may be heard first. Ranks that were terminated have that time to end by themselves."""
 
-CAUSES = ("failed", "gone", "terminated", "collateral")
+CAUSES = ("failed", "terminated", "gone", "collateral")
 """What is rather the cause of the others comes first."""
 
 
@@ -91,10 +91,8 @@ class Judge:
                 trouble.kind == "terminated" for trouble in self._troubles
             ):
                 return None  # they all end as they should
-            if not any(trouble.age >= SETTLE[trouble.kind] for trouble in self._troubles):
-                return None
             cause = min(self._troubles, key=lambda trouble: CAUSES.index(trouble.kind))
-            return Verdict(cause.kind, (cause.rank,), cause.text)
+            return Verdict(cause.kind, (cause.rank,), cause.text) if cause.age >= SETTLE[cause.kind] else None
         running = {rank: sign for rank, sign in self._signs.items() if sign["state"] == "running"}
         if self.timeout is None or self._still < self.timeout or not running:
             return None

@@ -67,6 +67,7 @@ class Watch(threading.Thread):
         self._state: Literal["running", "failed", "collateral", "terminated", "ended"] = "running"
         self._text = ""
         self._stop_asked = threading.Event()
+        self._told = threading.Event()
         self._decided = threading.Event()
 
     # Called by the main thread
@@ -102,6 +103,7 @@ class Watch(threading.Thread):
         link = self._link
         if link is not None:
             link.wake()
+            self._told.wait(INTERVAL)  # a process that ends without a word would count as lost
             self._decided.wait(seconds)
 
     def end(self) -> None:
@@ -155,7 +157,9 @@ class Watch(threading.Thread):
             self._stop_asked.wait(INTERVAL)
             return
         self._link.tell(sign)
-        state, deadline = self._state, time.monotonic() + INTERVAL
+        state, deadline = sign["state"], time.monotonic() + INTERVAL
+        if state != "running":
+            self._told.set()
         while (left := deadline - time.monotonic()) > 0 and self._link is not None:
             for rank, message in self._link.hear(left):
                 self._take(rank, message)

@@ -104,6 +104,15 @@ def test_ranks_that_were_all_terminated_end_in_peace():
     assert judge.verdict(100) is None
 
 
+def test_ranks_that_were_terminated_may_disappear():
+    judge = Judge(timeout=None)
+    judge.hear(0, sign(3, state="terminated"))
+    judge.hear(1, sign(3))
+    judge.hear(1, None)
+
+    assert judge.verdict(10) is None
+
+
 def test_a_rank_that_was_terminated_alone_takes_the_others_along():
     judge = Judge(timeout=None)
     judge.hear(0, sign(3))
