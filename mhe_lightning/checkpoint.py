@@ -36,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         path = Path(path)
-        with atomic_write(path) as file:
+        with atomic_write(path, size=_tensor_bytes(checkpoint)) as file:
             torch.save(checkpoint, file)
         # the checksum comes second: a checkpoint that lost it in a crash counts as not finished
         write_text(path.with_name(path.name + CHECKSUM), sha256(path) + "\n")
@@ -51,6 +51,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove_checkpoint(Path(path))
+
+
+def _tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested dictionaries and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return sum(_tensor_bytes(part) for part in parts)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process was writing in a run's ``checkpoints/``."""
+    """Remove what a killed process was writing in a run's folder, or its ``checkpoints/``."""
     for path in folder.glob(".*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from mhe_lightning import __version__
-from mhe_lightning.errors import UserError
+from mhe_lightning.errors import RunError, UserError
+from mhe_lightning.files import lacks_space
 
 USAGE = """\
 usage: python train.py VERB [options]      (or: mhe VERB [options])
@@ -76,17 +77,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         import_module(f"mhe_lightning.verbs.{VERBS[verb]}").main(verb, rest)
     except UserError as error:
         _fail(str(error))
+    except RunError as error:
+        _fail(str(error), code=1)
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if error.filename is None:
-            raise
-        _fail(f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit:
+        raise
+    except BaseException as error:  # what torch raises for checkpoints of several processes is no Exception
+        name = getattr(error, "filename", None)
+        if lacks_space(error):
+            place = name or "a file of the run"  # not one that we write: TensorBoard's
+            _fail(f"{place}: no space left on its disk; make room and run the same command again", code=1)
+        if not isinstance(error, OSError) or name is None:
+            raise
+        _fail(f"{name}: {error.strerror}")
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

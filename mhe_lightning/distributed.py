@@ -67,8 +67,11 @@ def parallelize(
         return
     net = getattr(model, "net", model)
     blocks = _blocks(net, compile=compile, activation_checkpointing=activation_checkpointing, mesh=mesh)
-    if mesh is None and offload:
-        raise ValueError("offload (true) needs a strategy that shards the model, such as configs/strategy/fsdp.yaml")
+    if offload and (mesh is None or mesh.device_type == "cpu"):
+        raise ValueError(
+            "offload (true) keeps a model on the CPU that is trained on GPUs, by a strategy that shards it, such as "
+            "configs/strategy/fsdp.yaml; leave it false here"
+        )
     tensor_mesh = None if mesh is None or mesh[TENSOR_PARALLEL].size() == 1 else mesh[TENSOR_PARALLEL]
     for block in blocks:
         if deferred is not None:

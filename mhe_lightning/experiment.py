@@ -11,8 +11,18 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from mhe_lightning.callbacks import AverageCheckpoints, Checkpoints, Samples
+from mhe_lightning.callbacks import (
+    AverageCheckpoints,
+    Checkpoints,
+    LossGuard,
+    MemoryTimeline,
+    Profile,
+    Samples,
+    StepTimes,
+    Watchdog,
+)
 from mhe_lightning.parsing import Parser
+from mhe_lightning.run import OBSERVING
 from mhe_lightning.tasks import Task
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -56,8 +66,11 @@ class ExperimentCLI(LightningCLI):
             "its tokenizer, where data.tokenizer is not set.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(LossGuard, "guard")
         parser.add_lightning_class_args(AverageCheckpoints, "averaging")
         parser.add_lightning_class_args(Samples, "samples")
+        for name, callback in zip(OBSERVING, (StepTimes, MemoryTimeline, Profile, Watchdog), strict=True):
+            parser.add_lightning_class_args(callback, name)
         parser.link_arguments("data.vocab_size", "model.init_args.net.init_args.vocab_size", apply_on="instantiate")
         for name in LINKED:
             # not "data.<name>": where it is missing, jsonargparse prints the data module, which makes its loaders

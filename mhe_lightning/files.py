@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -13,10 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from mhe_lightning.errors import RunError
+
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary sibling of ``path`` for writing; on success it is synced to disk and takes the path's name."""
+def atomic_write(path: Path, size: int | None = None) -> Iterator[BinaryIO]:
+    """Open a temporary sibling of ``path`` for writing; on success it is synced to disk and takes the path's name.
+
+    Args:
+        path: of the file; its folder is made.
+        size: about how many bytes it will have, for the message where the disk has no room for them.
+
+    Raises:
+        RunError: the disk is full. What was at ``path`` before is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
     try:
@@ -25,9 +36,36 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of it
+        if not lacks_space(error):
+            raise
+        needed = f"about {size:,}" if size is not None else f"more than {temporary.stat().st_size:,}"
+        temporary.unlink()
+        raise no_space(path, needed) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def lacks_space(error: BaseException | None) -> bool:
+    """Whether an error, or what it arose from, is that a disk or a quota is full."""
+    seen: set[int] = set()  # an error that was raised again can be its own cause
+    while error is not None and id(error) not in seen:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(error):  # torch's errors quote those of other processes
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def no_space(path: Path, needed: str) -> RunError:
+    """The error to raise where ``path`` needs so many bytes and its disk has no room for them."""
+    free = shutil.disk_usage(path.parent).free
+    return RunError(
+        f"{path}: no space left on its disk: it needs {needed} bytes, {free:,} are free; what was written before is "
+        "whole: make room and run the same command again (`fit` with --ckpt_path auto)"
+    )
 
 
 def write_text(path: Path, text: str) -> None:

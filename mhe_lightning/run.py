@@ -7,10 +7,13 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from mhe_lightning.checkpoint import CheckpointError, checkpoints_in, newest_checkpoint, step_of
+from mhe_lightning.checkpoint import CheckpointError, checkpoints_in, newest_checkpoint, remove_unfinished, step_of
 
 TOKENIZER = "tokenizer.json"
 LOCK = ".lock"
+
+OBSERVING = ("step_times", "memory", "profile", "watchdog")
+"""Parts of a config that say how a run is observed: two runs that differ in them alone are the same experiment."""
 
 
 def folder_of(root: str, name: str) -> Path:
@@ -62,6 +65,8 @@ def set_aside(folder: Path) -> Path | None:
 def lock(folder: Path) -> TextIO:
     """Hold the run for this process, until the file that is returned is closed.
 
+    What a killed process was writing to it is removed: nobody else is at it now.
+
     Raises:
         ValueError: another process of this machine is writing to it.
     """
@@ -78,6 +83,7 @@ def lock(folder: Path) -> TextIO:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
+    remove_unfinished(folder)
     return file
 
 

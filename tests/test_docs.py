@@ -55,6 +55,9 @@ def run_block(text: str, monkeypatch) -> None:
         command = line.split("  #")[0].strip()
         if not command or command.startswith(INSTALLING):
             continue
+        if command.startswith("torchrun "):
+            subprocess.run(["bash", "-c", shlex.join([*shlex.split(command), *SHORT])], check=True)
+            continue
         before, found, after = command.partition("python train.py ")
         if not found:
             subprocess.run(["bash", "-c", command], check=True)

@@ -551,12 +551,14 @@ def is_gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+    ("number", "code"),
+    [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)],
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_signal_ends_the_sweep_and_its_child(number, code, tiny_config, tmp_path, monkeypatch, capfd):
     stub = tmp_path / "python"
-    stub.write_text("#!/bin/bash\ntrap 'echo saved; exit 143' TERM\necho begun\nwhile :; do sleep 0.05; done\n")
+    traps = "trap 'echo saved; exit 143' TERM\ntrap 'echo requeued, saved; exit 143' USR1\n"
+    stub.write_text(f"#!/bin/bash\n{traps}echo begun\nwhile :; do sleep 0.05; done\n")
     stub.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stub))
     monkeypatch.chdir(ROOT)
@@ -573,6 +575,7 @@ def test_a_signal_ends_the_sweep_and_its_child(number, code, tiny_config, tmp_pa
     wait_until(lambda: is_gone(child), timeout=10)
     if number != signal.SIGKILL:
         assert "saved" in log.read_text()
+        assert ("requeued" in log.read_text()) == (number == signal.SIGUSR1)
         assert "the same command goes on" in capfd.readouterr().err
 
 

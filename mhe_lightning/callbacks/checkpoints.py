@@ -12,7 +12,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from mhe_lightning.checkpoint import SUFFIX, checkpoints_in, remove_checkpoint, remove_unfinished, set_aside, step_of
+from mhe_lightning.checkpoint import (
+    SUFFIX,
+    checkpoints_in,
+    damage,
+    remove_checkpoint,
+    remove_unfinished,
+    set_aside,
+    step_of,
+)
 from mhe_lightning.distributed import new_control_group
 from mhe_lightning.signals import END_SIGNALS
 from mhe_lightning.strategies import Sharded
@@ -102,13 +110,13 @@ class Checkpoints(Checkpoint):
 
     def _leave_later_behind(self, trainer: Trainer) -> None:
         """Where a run goes on from an earlier checkpoint, set those aside of the course that it leaves: `auto` would
-        return to them, and pruning would take them for the newest. Remove what a killed process was writing."""
+        return to them, and pruning would take them for the newest. What is damaged serves nobody and is removed."""
         folder = self._folder(trainer)
         later = [p for kind in ("step", "best-step", "averaged-step") for p in checkpoints_in(folder, kind)]
         if trainer.is_global_zero:
             for path in later:
                 if step_of(path) > trainer.global_step:
-                    set_aside(path)
+                    remove_checkpoint(path) if damage(path) else set_aside(path)
             remove_unfinished(folder)
         trainer.strategy.barrier()
         if not checkpoints_in(folder, "best-step"):

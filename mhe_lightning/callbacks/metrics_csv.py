@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mhe_lightning.callbacks.steps import is_logged
-from mhe_lightning.files import write_text
+from mhe_lightning.files import lacks_space, no_space, write_text
 
 EVALUATIONS = ("val/", "test/")
 
@@ -70,8 +70,13 @@ class MetricsCSV(Callback):
             self._file.truncate(self._row_start)
         assert self._file is not None
         self._row_start = self._file.seek(0, os.SEEK_END)
-        csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(self._row)
-        self._file.flush()
+        try:
+            csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(self._row)
+            self._file.flush()
+        except OSError as error:
+            if not lacks_space(error):
+                raise
+            raise no_space(self._path, "a few") from error
 
     def close(self) -> None:
         """Close the file; the next `write` goes on with it."""

@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from mhe_lightning.data.loading import Loader, heed_parent_only
 from mhe_lightning.data.sampler import (
     EvaluationSampler,
     Order,
@@ -190,11 +191,12 @@ class ExactDataModule(LightningDataModule):
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         collator = copy.copy(self)
         collator.trainer = None  # workers that are spawned, not forked, get what collates pickled; a trainer cannot be
-        return DataLoader(
+        return Loader(
             dataset,
             batch_sampler=sampler,
             collate_fn=collator.collate,
             num_workers=self.num_workers,
+            worker_init_fn=heed_parent_only,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )

@@ -257,7 +257,7 @@ def find_corpus(spec: CorpusSpec, cache_dir: str | Path) -> Path | None:
 def _is_usable(target: Path) -> bool:
     """Whether the corpus in `target` is whole; if it is damaged, a line on stderr says why."""
     try:
-        open_corpus(target)
+        open_corpus(target, again=True)
     except CorpusError as error:
         print(
             f"prepare: building the corpus anew, because {error}".removesuffix("; run prepare again"),

@@ -30,6 +30,7 @@ from mhe_lightning.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from mhe_lightning.data.verified import damaged_file
 from mhe_lightning.files import build_folder, sha256, write_text
 
 FORMAT_VERSION = 1
@@ -412,15 +413,15 @@ def _some_at_a_time(rows: Iterator[tuple[str, Row]], count: int) -> Iterator[lis
         yield some
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a folder of tokenised examples, or None."""
+def _damage(folder: Path, *, again: bool = False) -> str | None:
+    """What is wrong with a folder of tokenised examples, or None; see `damaged_file` for ``again``."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format_version"] != FORMAT_VERSION:
             return f"{MANIFEST} has format version {manifest['format_version']}, this code reads {FORMAT_VERSION}"
-        for entry in manifest["splits"].values():
-            if sha256(folder / entry["file"]) != entry["sha256"]:
-                return f"{entry['file']} does not match its checksum"
+        checksums = {entry["file"]: entry["sha256"] for entry in manifest["splits"].values()}
+        if damaged := damaged_file(folder, checksums, again=again):
+            return f"{damaged} does not match its checksum"
         if tokenizer_hash(load_tokenizer(folder / TOKENIZER)) != manifest["tokenizer_sha256"]:
             return f"{TOKENIZER} is not the tokenizer of the examples"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -429,7 +430,7 @@ def _damage(folder: Path) -> str | None:
 
 
 def _is_usable(folder: Path) -> bool:
-    problem = _damage(folder)
+    problem = _damage(folder, again=True)
     if problem is not None:
         print(f"prepare: building {folder.name} anew, because {problem}", file=sys.stderr)
     return problem is None

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from mhe_lightning.data.base import Batch
 from mhe_lightning.data.corpus import CorpusSpec
 from mhe_lightning.data.language_modeling import LanguageModelingData
+from mhe_lightning.data.loading import Loader, heed_parent_only
 from mhe_lightning.data.sampler import RowOrder, rows_per_rank
 from mhe_lightning.data.tokenizer import KINDS, end_of_text_id
 
@@ -94,10 +95,11 @@ class StreamedLanguageModelingData(LanguageModelingData):
             start=self.consumed,
             document_mask=self.document_mask,
         )
-        return DataLoader(
+        return Loader(
             blocks,
             batch_size=rows_per_rank(self.batch_size, world_size),
             num_workers=int(self.read_ahead),
+            worker_init_fn=heed_parent_only,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.read_ahead,
         )

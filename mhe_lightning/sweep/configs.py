@@ -76,7 +76,8 @@ def config_differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
 
 
 def _training_part(config: Config, other: Config) -> Config:
-    config = {k: v for k, v in config.items() if k not in ("name", "ckpt_path", "weights_only", "config", "verbose")}
+    ignored = ("name", "ckpt_path", "weights_only", "config", "verbose", *run_directory.OBSERVING)
+    config = {k: v for k, v in config.items() if k not in ignored}
     config["trainer"] = {k: v for k, v in config["trainer"].items() if k != "default_root_dir"}
     return {**config, "data": data_part(config["data"], other["data"])}
 

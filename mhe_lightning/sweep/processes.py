@@ -38,8 +38,9 @@ class Children:
 
     @contextmanager
     def passing_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C reach the child as SIGTERM, at which it saves its last step; a second one kills it."""
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        """SIGTERM and Ctrl-C reach the child as SIGTERM, at which it saves its last step; a second one kills it.
+        SIGUSR1 stays what it is, and the child asks SLURM to begin the job again."""
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
         earlier = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
@@ -70,7 +71,7 @@ class Children:
                 preexec_fn=lambda: _end_with(parent),
             )
         if self._stopped is not None:  # while the child was being made
-            self._child.terminate()
+            self._pass_on(self._stopped)
         code = self._child.wait()
         self._child = None
         if self._stopped is not None:
@@ -83,7 +84,11 @@ class Children:
             self._child.kill()
         elif self._child is not None:
             print("\nstopping: the run saves its last step; once more to stop at once", file=sys.stderr, flush=True)
-            self._child.terminate()
+            self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        assert self._child is not None
+        self._child.send_signal(signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
 
 
 def _end_with(parent: int) -> None:

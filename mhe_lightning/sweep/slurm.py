@@ -32,9 +32,9 @@ mkdir -p {shlex.quote(str(logs))}
 # What each task gets. Change it to fit, such as with --gres=gpu:1 or --partition=...
 resources=(--nodes=1 --ntasks=1 --cpus-per-task=4 --mem=16G --time=24:00:00)
 
-# The signal comes before the time is over, so that the last step is saved.
+# The signal comes before the time is over: the last step is saved, and the task is queued again to go on.
 fits=$(sbatch --parsable "${{resources[@]}}" --job-name={name} --array=1-{n_runs} \\
-    --requeue --signal=B:TERM@120 --output={shlex.quote(str(logs / "slurm-%A_%a.out"))} <<'END'
+    --requeue --open-mode=append --signal=B:USR1@120 --output={shlex.quote(str(logs / "slurm-%A_%a.out"))} <<'END'
 #!/bin/bash
 exec {sweep} --task "$SLURM_ARRAY_TASK_ID"
 END

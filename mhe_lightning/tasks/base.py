@@ -27,6 +27,9 @@ from mhe_lightning.distributed import (
 
 Schedule = Literal["cosine", "linear", "inverse_sqrt", "constant"]
 
+StepCheck = Callable[[Tensor, "Tensor | None"], None]
+"""Takes a step's mean loss over all ranks and, where gradients are clipped by it, the norm they had: scalars."""
+
 
 class Task(LightningModule):
     """An objective over a net, trained with AdamW.
@@ -120,6 +123,8 @@ class Task(LightningModule):
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long))
         self.tokens_seen: Tensor
         self._window: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.step_checks: list[StepCheck] = []
+        """Called with every step's loss and gradient norm, after clipping and before the optimizer."""
 
     def configure_model(self) -> None:
         mesh = self.device_mesh  # None but for sharded strategies
@@ -169,17 +174,22 @@ class Task(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         # Lightning refuses to clip for fused optimizers in mixed precision, for the sake of float16's gradient scaler
-        if not gradient_clip_val:
-            return
+        norm = self._clip(gradient_clip_val, gradient_clip_algorithm) if gradient_clip_val else None
+        for check in self.step_checks:
+            check(self._step_loss, norm)
+
+    def _clip(self, most: float, algorithm: str | None) -> Tensor | None:
+        """Clip by "value", or by the norm, which is given back."""
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        if gradient_clip_algorithm == "value":
+        if algorithm == "value":
             for gradient in gradients:
-                own_part(gradient).clamp_(-gradient_clip_val, gradient_clip_val)
-            return
+                own_part(gradient).clamp_(-most, most)
+            return None
         norm = total_norm(gradients)
-        share = (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        share = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
         torch._foreach_mul_([own_part(gradient) for gradient in gradients], share)
         self.log("grad_norm", norm)
+        return norm
 
     def on_train_start(self) -> None:
         if str(self.trainer.precision).startswith("16"):
@@ -222,8 +232,8 @@ class Task(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = rate
         self.tokens_seen += totals[2].long()
-        mean = totals[0] / totals[1].clamp_min(1)
-        self.log("train/loss", mean, prog_bar=True)
+        self._step_loss = totals[0] / totals[1].clamp_min(1)
+        self.log("train/loss", self._step_loss, prog_bar=True)
         self.log_dict({"lr": rate, "tokens_seen": self.tokens_seen.float(), "step": float(self.global_step + 1)})
 
     def check_tokenizer(self, sha256: str) -> None:

@@ -11,6 +11,7 @@ from mhe_lightning.data import ExactDataModule
 from mhe_lightning.errors import UserError
 from mhe_lightning.parsing import Parser, as_user_error, data_module
 from mhe_lightning.pretrained import take_tokenizer
+from mhe_lightning.run import OBSERVING
 
 
 def main(verb: str, args: list[str]) -> None:
@@ -24,7 +25,7 @@ def main(verb: str, args: list[str]) -> None:
         type=Optional[str],  # noqa: UP045 - jsonargparse on Python 3.10
         help="A pretraining run or checkpoint, whose tokenizer is taken where data.tokenizer is not set.",
     )
-    for key in ("model", "trainer", "checkpoints", "averaging", "samples"):
+    for key in ("model", "trainer", "checkpoints", "averaging", "samples", *OBSERVING):
         parser.add_argument(f"--{key}", type=Any, help="Accepted, so that a whole config fits; not used.")
     for key in ("name", "ckpt_path", "weights_only"):
         parser.add_argument(f"--{key}", help="Accepted, so that a whole config fits; not used.")

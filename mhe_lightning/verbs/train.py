@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch import nn
 
@@ -27,6 +27,7 @@ from mhe_lightning.callbacks import (
     MetricsCSV,
     PlainProgress,
     Predictions,
+    RankLogs,
     RunRecord,
     Throughput,
 )
@@ -40,9 +41,10 @@ from mhe_lightning.checkpoint import (
     run_of,
 )
 from mhe_lightning.data import ExactDataModule
+from mhe_lightning.data.loading import dead_worker
 from mhe_lightning.data.tokenizer import tokenizer_hash
 from mhe_lightning.deferred import Deferred
-from mhe_lightning.errors import UserError
+from mhe_lightning.errors import RunError, UserError
 from mhe_lightning.experiment import ExperimentCLI, class_of
 from mhe_lightning.files import write_text
 from mhe_lightning.parsing import as_user_error, data_module
@@ -57,17 +59,21 @@ def main(verb: str, args: list[str]) -> None:
         with ExitStack() as held:
             if verb == "fit":
                 held.enter_context(END_SIGNALS.listening())
-            TrainCLI(verb, args, held)
-    except SIGTERMException:
-        print("terminated: the last step is saved; go on with --ckpt_path auto", file=sys.stderr)
-        if _rank() == 0 and (answer := requeue()) is not None:
-            print(answer, file=sys.stderr)
-        sys.exit(143)  # as SIGTERM's; Lightning's own code is 0, which a scheduler takes for "finished"
+            try:
+                TrainCLI(verb, args, held)
+            except SIGTERMException:
+                print("terminated: the last step is saved; go on with --ckpt_path auto", file=sys.stderr)
+                # still listening: another rank may have ended, for which srun sends SIGTERM to this one
+                if _rank() == 0 and (answer := requeue()) is not None:
+                    print(answer, file=sys.stderr)
+                sys.exit(143)  # as SIGTERM's; Lightning's own code is 0, which a scheduler takes for "finished"
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # Lightning exits with 1
             raise KeyboardInterrupt from error
         raise
     except (MisconfigurationException, ValueError, RuntimeError, ModuleNotFoundError) as error:
+        if told := dead_worker(error):
+            raise RunError(f"rank {_rank()}: {told}") from error
         raise as_user_error(error) or error from error
 
 
@@ -154,7 +160,7 @@ class TrainCLI(ExperimentCLI):
             )
         old = config_of(checkpoint)
         new = yaml.safe_load(self._config_text())
-        for key in ("config", "ckpt_path", "name", "init_from", "verbose"):
+        for key in ("config", "ckpt_path", "name", "init_from", "verbose", *run.OBSERVING):
             old.pop(key, None)
             new.pop(key, None)
         for config in (old, new):  # the tokenizers themselves are compared, not where they lie
@@ -179,7 +185,7 @@ class TrainCLI(ExperimentCLI):
         elif logger in (None, True):
             logger = TensorBoardLogger(self.folder, name="", version="", sub_dir="tensorboard")
         kwargs["plugins"] = [*(options.plugins or []), AtomicCheckpointIO()]
-        if SLURMEnvironment.detect():
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():  # torchrun may run inside a job
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))  # its signals are ours
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             kwargs["enable_progress_bar"] = False  # plain lines instead
@@ -191,7 +197,11 @@ class TrainCLI(ExperimentCLI):
             take_over(trainer)
         seed = int(self.config[self.subcommand].seed_everything)
         throughput = Throughput()
-        added = [ExactResume(seed), throughput, RunRecord(self._config_text(), seed, throughput), Predictions()]
+        observers = [self.config_init[self.subcommand][name] for name in run.OBSERVING]
+        for observer in observers:  # they go before those that write what they log
+            trainer.callbacks.remove(observer)  # type: ignore[attr-defined]
+        record = RunRecord(self._config_text(), seed, throughput)
+        added = [RankLogs(), ExactResume(seed), throughput, *observers, record, Predictions()]
         if self.subcommand == "fit":
             added.append(MetricsCSV(self.folder))  # after Throughput, whose metric it writes
         if trainer.progress_bar_callback is None and options.enable_progress_bar is not False:
@@ -335,14 +345,19 @@ def _launched_processes() -> int:
 
 
 def _rank() -> int:
-    """This process's rank by its launcher, known before there is a trainer."""
-    return next((int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0)
+    """This process's rank by its launcher, known before there is a trainer; 0 for the first process alone."""
+    launcher = next((name for name in ("RANK", "SLURM_PROCID") if name in os.environ), None)
+    # without a launcher Lightning starts the processes of a node, and NODE_RANK is what tells the nodes apart
+    names = ("LOCAL_RANK", "NODE_RANK") if launcher is None else (launcher,)
+    return max(int(os.environ.get(name) or 0) for name in names)
 
 
 def _quieten() -> None:
     """Leave out what Lightning says to everyone and what does not apply here."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    if "SLURM_JOB_ID" not in os.environ:
+        warnings.filterwarnings("ignore", message=".*srun.* is available on your system but is not used.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*custom batch sampler.*for prediction.*")  # ours gives every row
