@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,7 @@ def planned(name: str, attentions: Sequence[str] = ATTENTIONS) -> dict[str, Any]
     experiments, layouts = Experiments(), alternatives(WORLD_SIZES, model.cluster.per_node, model.tensor_parallel)
     variants = {}
     for attention in attentions:
+        print(f"{name}: {attention}", file=sys.stderr, flush=True)
         overlay = model.gqa if attention == "gqa" else f"configs/attention/{attention}.yaml"
         arguments = ["--config", str(ROOT / model.config), *model.overrides]
         config = experiments.parse([*arguments, f"--model.net.attention={ROOT / overlay}"])
@@ -155,7 +157,7 @@ def tables(record: Mapping[str, Any]) -> str:
     unit, name = (GIB, "GiB") if max(v["parameters"] for v in record["variants"].values()) > 1e8 else (MIB, "MiB")
 
     def of(key: str, scale: float = 1.0, digits: int = 0) -> Callable[[Mapping[str, Any]], str]:
-        return lambda layout: f"{layout[key] / scale:,.{digits}f}"
+        return lambda layout: "–" if layout[key] is None else f"{layout[key] / scale:,.{digits}f}"
 
     def efficiency(layout: Mapping[str, Any]) -> str:
         return f"{100 * layout['efficiency']:.0f} ({100 * layout['serial_efficiency']:.0f})"
