@@ -20,6 +20,7 @@ from mhe_lightning.checkpoint import (
     complete_checkpoints,
     config_of,
     read_checkpoint,
+    read_record,
     remove_checkpoint,
     step_of,
 )
@@ -70,7 +71,7 @@ def last_checkpoints(folder: Path, count: int) -> list[Path]:
     if newest is None:
         return []
     # what was imported or converted has one checkpoint, and no experiment
-    every = config_of(read_checkpoint(newest)).get("checkpoints", {}).get("every_n_steps", 1)
+    every = config_of(read_record(newest)).get("checkpoints", {}).get("every_n_steps", 1)
     regular = (path for path in complete if step_of(path) % every == 0)
     return [newest, *islice(regular, count - 1)][::-1]
 

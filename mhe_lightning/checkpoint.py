@@ -12,6 +12,7 @@ import torch
 import yaml
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.distributed.checkpoint import CheckpointException
 
 from mhe_lightning import sharded_checkpoint
 from mhe_lightning.files import atomic_write, sha256, write_text
@@ -67,12 +68,21 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it fails its checksum, cannot be read, or is of an unknown format.
     """
+    return _read(path, sharded_checkpoint.read, mmap=False)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `read_checkpoint` gives, to look at what is small in it: weights may be None, or stay on the disk."""
+    return _read(path, sharded_checkpoint.read_rest, mmap=True)
+
+
+def _read(path: Path, read_folder: Callable[[Path], dict[str, Any]], *, mmap: bool) -> dict[str, Any]:
     check_checkpoint(path)
     try:
         checkpoint: dict[str, Any] = (
-            sharded_checkpoint.read(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True)
+            read_folder(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         )
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         # torch's text recommends weights_only=False in its first lines
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
         reason = reason.strip() or type(error).__name__
@@ -120,6 +130,8 @@ def set_aside(path: Path) -> None:
     """Move a checkpoint to ``superseded/`` beside it, where nothing goes on from it."""
     target = path.parent / "superseded"
     target.mkdir(exist_ok=True)
+    if (target / path.name).exists():
+        remove_checkpoint(target / path.name)
     for file in (path.with_name(path.name + CHECKSUM), path):
         if file.exists():
             file.replace(target / file.name)

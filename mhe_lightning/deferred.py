@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ class _Step(NamedTuple):
     kwargs: dict[str, Any]
     output: Tensor
     generator: Tensor | None
+    inputs: dict[int, int]
+    """How often each other memory that it reads had been changed."""
 
 
 class Deferred:
@@ -38,6 +41,7 @@ class Deferred:
 
     def __init__(self) -> None:
         self._steps: dict[int, list[_Step]] = {}  # of each memory, by the identity of its storage
+        self._changes: Counter[int] = Counter()
         self._recorder = _Recorder(self._record)
 
     @contextmanager
@@ -67,6 +71,9 @@ class Deferred:
 
     def _record(self, step: _Step) -> None:
         storage = _storage(step.output)
+        for other in _others(step):
+            step.inputs[other] = self._changes[other]
+        self._changes[storage] += 1
         if step.function in OVERWRITES and step.output.numel() * step.output.element_size() == _bytes(step.output):
             self._steps[storage] = self._steps.get(storage, [])[:1]  # what made it
         self._steps.setdefault(storage, []).append(step)
@@ -81,10 +88,10 @@ class Deferred:
         if storage in memories:
             return
         for step in self._steps[storage]:
-            inputs = [t for t in tree_flatten((step.args, step.kwargs))[0] if isinstance(t, Tensor) and t.is_meta]
-            for other in inputs:
-                if _storage(other) != storage:
-                    self._replay(_storage(other), memories)
+            for other, changes in step.inputs.items():
+                if self._changes[other] != changes:
+                    raise NotImplementedError(f"{step.function} reads a tensor that is changed afterwards; copy it")
+                self._replay(other, memories)
 
             def real(t: Tensor) -> Tensor:
                 return _view(memories[_storage(t)], t) if t.is_meta else t
@@ -123,8 +130,14 @@ class _Recorder(TorchDispatchMode):
                 drawn = tree_map_only(Tensor, lambda t: torch.empty(t.shape, dtype=t.dtype), args)
                 function(*drawn, **_on_cpu(kwargs))  # moves the generator on
         self._kept.append(output)
-        self._record(_Step(function, args, kwargs, output, generator))
+        self._record(_Step(function, args, kwargs, output, generator, {}))
         return output
+
+
+def _others(step: _Step) -> set[int]:
+    """The memories that a step reads, but for its own."""
+    inputs = [t for t in tree_flatten((step.args, step.kwargs))[0] if isinstance(t, Tensor) and t.is_meta]
+    return {_storage(t) for t in inputs} - {_storage(step.output)}
 
 
 def _on_cpu(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -131,10 +132,11 @@ def gather(model: nn.Module) -> None:
     """
     if not isinstance(model, FSDPModule):
         return
-    model._get_fsdp_state()._lazy_init()  # whoever runs first becomes the root: a block, where a net is run alone
-    for module in _sharded(model):
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
+    with torch.inference_mode(False), torch.no_grad():  # what is made here is trained later
+        model._get_fsdp_state()._lazy_init()  # whoever runs first becomes the root: a block, where a net is run alone
+        for module in _sharded(model):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
 
 
 def release(model: nn.Module) -> None:
@@ -213,21 +215,21 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def new_control_group() -> dist.ProcessGroup | None:
+def new_control_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """A group of all processes for what they say to each other on the CPU, so that no device is waited for.
 
-    None in one process; a collective call in several.
+    None in one process; a collective call in several. ``timeout`` is torch's default, half an hour, if not given.
     """
     if not is_distributed():
         return None
-    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     return group
 
 
-def all_reduce_sum(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """``values`` summed over all ranks, or those of ``group``; as they are in one process."""
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """``values`` summed over all ranks; as they are in one process."""
     if is_distributed():
-        dist.all_reduce(values, group=group)
+        dist.all_reduce(values)
     return values
 
 

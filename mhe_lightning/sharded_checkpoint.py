@@ -7,6 +7,7 @@ index in JSON where torch would pickle it; everything that is not spread over th
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -36,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.futures import Future as TorchFuture
 
-from mhe_lightning.files import atomic_write, sha256, sync_folder, write_text
+from mhe_lightning.files import sha256, sync_folder, write_bytes, write_text
 
 REST = "rest.pt"
 MANIFEST = "manifest.json"
@@ -74,11 +75,11 @@ def save(
     building = building_folder(path)
     if dist.get_rank() == 0:
         shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        with atomic_write(building / REST) as file:
-            torch.save(rest, file)
     dist.barrier(group=group)
-    writer = _Writer(building, path)
+    building.mkdir(parents=True, exist_ok=True)
+    content = io.BytesIO()
+    torch.save(rest, content)  # now, for training goes on and changes it
+    writer = _Writer(building, path, content.getvalue())
     if wait:
         dcp.save(spread, storage_writer=writer, process_group=group)
         return None
@@ -126,10 +127,11 @@ class _FileInfo(_StorageInfo):
 class _Writer(dcp.FileSystemWriter):
     """torch's writer, whose index is JSON, and whose folder is renamed when it is complete."""
 
-    def __init__(self, building: Path, path: Path) -> None:
+    def __init__(self, building: Path, path: Path, rest: bytes) -> None:
         super().__init__(building, single_file_per_rank=True, sync_files=True)
         self.building = building
         self.target = path
+        self.rest = rest
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
         written = super().write_data(plan, planner).value()
@@ -148,15 +150,18 @@ class _Writer(dcp.FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         places = {result.index: result.storage_data for part in results for result in part}
         files = {place.relative_path: place.sha256 for place in places.values()}
+        write_bytes(self.building / REST, self.rest)
         files[REST] = sha256(self.building / REST)
         sizes = {name: (self.building / name).stat().st_size for name in files}
         tensors = {name: _tensor_entry(name, entry, places) for name, entry in metadata.state_dict_metadata.items()}
         manifest = {"files": files, "sizes": sizes, "tensors": tensors}
         write_text(self.building / MANIFEST, json.dumps(manifest) + "\n")
+        earlier = self.target.with_name(f".{self.target.name}.earlier.tmp")
         if self.target.exists():  # of a course that this run has left, and comes by again
-            shutil.rmtree(self.target)
+            os.rename(self.target, earlier)
         os.rename(self.building, self.target)
         sync_folder(self.target.parent)
+        shutil.rmtree(earlier) if earlier.is_dir() else earlier.unlink(missing_ok=True)
 
 
 def _tensor_entry(name: str, entry: Any, places: Mapping[MetadataIndex, _FileInfo]) -> dict[str, Any]:

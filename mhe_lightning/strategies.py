@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -69,13 +70,15 @@ class Sharded(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        if self.lightning_module.offload and self._process_group_backend is None:
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradients are summed on both
         replicate, shard, self._tensor_parallel_size = self.sizes
         self._data_parallel_size = replicate * shard
         super().setup_environment()
         self._device_mesh = new_mesh(self.root_device.type, self.sizes)
-        assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
-        self._group = new_control_group()
+        self._group = new_control_group(self._timeout)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -124,6 +127,11 @@ class Sharded(ModelParallelStrategy):
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell what went wrong with a checkpoint in the background; others may be gone, so it is not waited for."""
+        if self._writing is not None and self._writing.done() and (error := self._writing.exception()) is not None:
+            rank_zero_warn(f"the last checkpoint was not written: {error}")
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:

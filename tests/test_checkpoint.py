@@ -31,6 +31,7 @@ from mhe_lightning.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
     run_of,
+    set_aside,
     step_of,
 )
 from mhe_lightning.files import sha256, write_text
@@ -508,6 +509,24 @@ def in_a_fork(action: Callable[[], object]) -> bool:
             os._exit(1)
         os._exit(0)
     return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("kinds", ["file file", "folder folder", "file folder", "folder file"])
+def test_a_checkpoint_is_set_aside_over_one_of_its_step(kinds, tmp_path):
+    path = tmp_path / "step=00000002.ckpt"
+    for number, kind in enumerate(kinds.split()):
+        if kind == "folder":
+            path.mkdir()
+            (path / "part").write_text(str(number), encoding="utf-8")
+        else:
+            path.write_text(str(number), encoding="utf-8")
+            path.with_name(path.name + ".sha256").write_text("sum", encoding="utf-8")
+        set_aside(path)
+        assert not path.exists()
+
+    aside = tmp_path / "superseded" / path.name
+    assert (aside / "part" if aside.is_dir() else aside).read_text(encoding="utf-8") == "1"
+    assert aside.with_name(aside.name + ".sha256").exists() == aside.is_file()
 
 
 def test_differences_of_configs_are_named_by_their_keys():

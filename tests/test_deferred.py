@@ -74,6 +74,19 @@ def test_tensors_in_memory_are_left_alone():
     assert torch.equal(layer.weight, before)
 
 
+def test_a_tensor_that_is_changed_after_it_was_read_is_refused():
+    deferred = Deferred()
+    with deferred.recording(), torch.device("meta"):
+        source = torch.zeros(3)
+        layer = nn.Linear(3, 1, bias=False)
+        with torch.no_grad():
+            layer.weight.copy_(source)
+            source.add_(1)
+
+    with pytest.raises(NotImplementedError, match="changed afterwards"):
+        deferred.materialize(layer)
+
+
 def test_a_draw_of_an_unknown_kind_is_refused_by_name():
     with Deferred().recording(), torch.device("meta"), pytest.raises(NotImplementedError, match="bernoulli"):
         torch.empty(3).bernoulli_(0.5)

@@ -147,6 +147,11 @@ class Attention(nn.Module):
             S = past + T if context is None else context.shape[1]
             hidden = bool(past) or mask is not None
         if hidden:  # else SDPA's own causality, which needs no mask in memory
+            if self.mesh is not None and mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+                raise ValueError(
+                    f"mask has shape {tuple(mask.shape)}, one for each head; heads that are divided among "
+                    f"{self.mesh.size()} processes take one mask for all"
+                )
             shape = (x.shape[0], self.n_heads, T, S)
             mask, is_causal = visible_keys(mask, shape, is_causal, x.device, past), False
         queries, x, context = self._inputs(x, context)
@@ -172,8 +177,10 @@ class Attention(nn.Module):
             (B, n, T, S), float64 if ``x`` is, else float32. A query that may attend to nothing has a row of zeros.
 
         Raises:
-            ValueError: a shape or dtype does not fit.
+            ValueError: a shape or dtype does not fit, or the heads are divided among processes.
         """
+        if self.mesh is not None:
+            raise ValueError(f"the heads are divided among {self.mesh.size()} processes; load the model into one")
         self._check_inputs(x, context)
         c = x if context is None else context
         shape = (x.shape[0], self.n_heads, x.shape[1], c.shape[1])

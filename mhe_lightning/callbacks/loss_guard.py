@@ -189,7 +189,7 @@ def _all_finite(module: LightningModule) -> bool:
     """Whether all weights are finite, on all ranks; a collective call where there are several."""
     parts = (getattr(parameter, "to_local", lambda p=parameter: p)() for parameter in module.parameters())
     finite = [part.detach().isfinite().all() for part in parts if part.numel()]
-    bad = torch.tensor(0, device=module.device) if not finite else (~torch.stack(finite)).sum()
+    bad = torch.tensor(0, device=module.device) if not finite else (~torch.stack(finite)).sum().to(module.device)
     if is_distributed():
         dist.all_reduce(bad)
     return int(bad) == 0

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torchmetrics import Metric
 
 from mhe_lightning.deferred import Deferred
 from mhe_lightning.distributed import (
+    TENSOR_PARALLEL,
     ActivationCheckpointing,
     all_reduce_sum,
-    data_parallel,
     gather,
     own_part,
     parallelize,
@@ -119,7 +118,7 @@ class Task(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.offload = offload
         self.deferred: Deferred | None = None
-        self._data_parallel: ProcessGroup | None = None
+        self._peers = 1  # ranks that see the same rows: those of tensor parallelism
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.long))
         self.tokens_seen: Tensor
         self._window: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -138,10 +137,7 @@ class Task(LightningModule):
             deferred=self.deferred,
         )
         self.deferred = None
-        self._data_parallel = None if mesh is None else data_parallel(mesh).get_group()
-        for module in self.modules():
-            if isinstance(module, Metric):  # tensor-parallel ranks see the same rows
-                module.process_group = self._data_parallel
+        self._peers = 1 if mesh is None else mesh[TENSOR_PARALLEL].size()
 
     # Optimizer
 
@@ -187,7 +183,7 @@ class Task(LightningModule):
             return None
         norm = total_norm(gradients)
         share = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-        torch._foreach_mul_([own_part(gradient) for gradient in gradients], share)
+        torch._foreach_mul_([own_part(gradient) for gradient in gradients], share.to(gradients[0].device))
         self.log("grad_norm", norm)
         return norm
 
@@ -221,13 +217,14 @@ class Task(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         window = torch.stack([torch.stack([value.double() for value in entry]) for entry in self._window])
         self._window = []
-        totals = all_reduce_sum(window.sum(0), self._data_parallel)  # loss, targets, tokens
+        # over all ranks, peers too, so that all have the same bits: what they decide by them must be the same
+        totals = all_reduce_sum(window.sum(0)) / self._peers  # loss, targets, tokens
         # the gradient now is that of the sum over this rank's targets, over micro-batches and averaged over ranks
         # (Lightning divides by the former, data parallelism by the latter)
         scale = self.trainer.accumulate_grad_batches * _data_parallel_size(self) / totals[1].clamp_min(1)
         for parameter in self.parameters():
             if parameter.grad is not None:
-                own_part(parameter.grad).mul_(scale.to(parameter.grad.dtype))
+                own_part(parameter.grad).mul_(scale.to(parameter.grad))
         rate = self.lr * self.learning_rate(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate

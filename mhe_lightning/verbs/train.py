@@ -37,7 +37,7 @@ from mhe_lightning.checkpoint import (
     TOKENIZER_HASH,
     AtomicCheckpointIO,
     config_of,
-    read_checkpoint,
+    read_record,
     run_of,
 )
 from mhe_lightning.data import ExactDataModule
@@ -152,7 +152,7 @@ class TrainCLI(ExperimentCLI):
         """The command line wins over the checkpoint; say where they differ. Refuse to train on from weights alone."""
         if options.ckpt_path is None or _rank() != 0:
             return
-        checkpoint = read_checkpoint(Path(options.ckpt_path))
+        checkpoint = read_record(Path(options.ckpt_path))
         if self.subcommand == "fit" and "optimizer_states" not in checkpoint:
             raise UserError(
                 f"{options.ckpt_path} holds weights but no optimizer state, so `fit` cannot go on from it; "
@@ -266,7 +266,7 @@ class TrainCLI(ExperimentCLI):
 
     def _check_tokenizer(self) -> None:
         path = self.config[self.subcommand].ckpt_path
-        trained, given = read_checkpoint(Path(path))[RECORD].get(TOKENIZER_HASH), _tokenizer_sha256(self.datamodule)
+        trained, given = read_record(Path(path))[RECORD].get(TOKENIZER_HASH), _tokenizer_sha256(self.datamodule)
         if trained is not None and given is not None and trained != given:
             raise UserError(
                 f"{path} was trained with the tokenizer {trained[:12]}…, the data have {given[:12]}…; use the run's "

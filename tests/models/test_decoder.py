@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from attention.oracle import VARIANTS
 from mhe_lightning.attention import MHA
@@ -222,7 +223,7 @@ def test_a_state_dict_restores_the_net(name):
 @every_attention
 def test_recomputed_activations_give_the_same_loss_and_gradients_to_the_bit(name):
     results = []
-    for recompute in (False, True):
+    for recompute in (False, True, "selective"):
         factory = partial(VARIANTS[name].build, dropout=0.2)
         torch.manual_seed(0)
         net = Decoder(VOCABULARY, factory, width=16, n_heads=4, n_layers=2, max_length=LENGTH, dropout=0.2)
@@ -232,8 +233,9 @@ def test_recomputed_activations_give_the_same_loss_and_gradients_to_the_bit(name
         loss = net.loss(net(draw(2, LENGTH)), draw(2, LENGTH, seed=2))
         loss.backward()
         results.append({"loss": loss, **{key: p.grad for key, p in net.named_parameters()}})
-    plain, recomputed = results
-    assert all(torch.equal(recomputed[key], plain[key]) for key in plain)
+    plain, *others = results
+    for recomputed in others:
+        assert all(torch.equal(recomputed[key], plain[key]) for key in plain)
 
 
 def test_checkpointing_recomputes_the_blocks():
@@ -246,6 +248,25 @@ def test_checkpointing_recomputes_the_blocks():
         calls.clear()
         net(draw(1, 4)).sum().backward()
         assert len(calls) == expected
+
+
+def test_selective_checkpointing_keeps_less_than_all_and_more_than_none():
+    kept = {}
+    for recompute in (False, "selective", True):
+        torch.manual_seed(0)
+        net = decoder(width=64, n_layers=4).train()
+        net.checkpoint_activations = recompute
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            counter = FlopCounterMode(display=False)
+            with counter:
+                hidden = net(draw(2, LENGTH))
+                forward = counter.get_total_flops()
+                hidden.sum().backward()
+        kept[recompute] = sum(sizes), counter.get_total_flops() - forward
+    assert kept[True][0] < kept[False][0]
+    assert kept["selective"][1] == kept[False][1], "no matrix product is computed again"
+    assert kept[True][1] > kept[False][1]
 
 
 def test_compilation_keeps_the_names_of_the_parameters():
