@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
 import threading
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
@@ -15,6 +17,9 @@ ENDING = (signal.SIGTERM, signal.SIGINT)
 KNOWS_SENDERS = hasattr(signal, "sigwaitinfo")
 """Whether this system tells who has sent a signal; without, workers heed everyone."""
 
+_started: dict[int | None, BaseProcess] = {}
+"""The children of this process by their numbers: PyTorch does not always say how a worker ended."""
+
 Row = TypeVar("Row", covariant=True)
 
 
@@ -22,6 +27,11 @@ class Loader(DataLoader[Row]):
     """A `DataLoader` whose workers are given ``worker_init_fn=heed_parent_only``, and start with signals held back."""
 
     def __iter__(self) -> Any:
+        batches = self._begin()
+        _started.update({process.pid: process for process in multiprocessing.active_children()})
+        return batches
+
+    def _begin(self) -> Any:
         if self.num_workers == 0 or not KNOWS_SENDERS or threading.current_thread() is not threading.main_thread():
             return super().__iter__()
         # workers inherit what is blocked: none may die of a signal before it has made itself deaf to it
@@ -57,14 +67,18 @@ def _await_parents_signal() -> None:
 def dead_worker(error: BaseException) -> str | None:
     """What to tell of an error that PyTorch raises when a data worker has died; None for any other."""
     text = f"{error} {error.__cause__}"  # that a worker was killed may be the cause of its having "exited unexpectedly"
-    killed = re.search(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]*)", text)
+    if (killed := re.search(r"DataLoader worker \(pid (\d+)\) is killed by signal: ([^.]*)", text)) is not None:
+        number, name = killed[1], killed[2].strip()
+        return f"data worker {number} was killed by signal: {name}; {_reason(name)}; {_REMEDY}"
     gone = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) exited unexpectedly", text)
-    if killed is not None:
-        number, name = killed.groups()
-        return f"data worker {number} was killed by signal: {name.strip()}; {_reason(name)}; {_REMEDY}"
-    if gone is not None:
-        return f"data worker {gone[1]} has ended by itself; what it wrote is above; {_REMEDY}"
-    return None
+    if gone is None:
+        return None
+    for number in gone[1].split(", "):
+        code = _started[int(number)].exitcode if int(number) in _started else None
+        if code is not None and code < 0:
+            name = signal.strsignal(-code) or f"number {-code}"
+            return f"data worker {number} was killed by signal: {name}; {_reason(name)}; {_REMEDY}"
+    return f"data worker {gone[1]} has ended by itself; what it wrote is above; {_REMEDY}"
 
 
 def _reason(name: str) -> str:
