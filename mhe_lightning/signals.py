@@ -25,12 +25,13 @@ class EndSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._deferred = False
+        self.training = False
+        """Whether a signal waits for the end of a step."""
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals, with none received at first."""
-        self.received, self._deferred = None, False
+        self.received, self.training = None, False
         if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
             yield
             return
@@ -43,7 +44,7 @@ class EndSignals:
 
     def defer(self) -> None:
         """From now on a signal waits for whoever asks `agreed` after each step."""
-        self._deferred = True
+        self.training = True
         if self.received is not None:  # while the training was being set up, and swallowed there
             raise SIGTERMException
 
@@ -62,7 +63,7 @@ class EndSignals:
         first = self.received is None
         if first or number == signal.SIGUSR1:
             self.received = signal.Signals(number)
-        if first and not self._deferred:
+        if first and not self.training:
             raise SIGTERMException
 
 

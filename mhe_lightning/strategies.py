@@ -71,7 +71,8 @@ class Sharded(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
-        if self.lightning_module.offload and self._process_group_backend is None:
+        offloads = self.root_device.type == "cuda" and self.lightning_module.offload
+        if offloads and self._process_group_backend is None:
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # gradients are summed on both
         replicate, shard, self._tensor_parallel_size = self.sizes
         self._data_parallel_size = replicate * shard

@@ -220,7 +220,7 @@ SCORES = {
     "classes": ("val/loss", "val/score"),
     "translation": ("val/loss", "val/bleu"),
 }
-PREDICTED = {"masked": "pseudo_ppl", "classes": "prediction", "translation": "prediction"}
+PREDICTED = {"masked": "pseudo_ppl", "classes": "prediction", "translation": "hypothesis"}
 
 
 @pytest.mark.parametrize("task", SCORES)

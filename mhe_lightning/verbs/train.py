@@ -62,7 +62,8 @@ def main(verb: str, args: list[str]) -> None:
             try:
                 TrainCLI(verb, args, held)
             except SIGTERMException:
-                print("terminated: the last step is saved; go on with --ckpt_path auto", file=sys.stderr)
+                what = "the last step is saved" if END_SIGNALS.training else "no step was taken"
+                print(f"terminated: {what}; go on with --ckpt_path auto", file=sys.stderr)
                 # still listening: another rank may have ended, for which srun sends SIGTERM to this one
                 if _rank() == 0 and (answer := requeue()) is not None:
                     print(answer, file=sys.stderr)

@@ -256,8 +256,13 @@ def test_selective_checkpointing_keeps_less_than_all_and_more_than_none():
         torch.manual_seed(0)
         net = decoder(width=64, n_layers=4).train()
         net.checkpoint_activations = recompute
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+        sizes: list[int] = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             counter = FlopCounterMode(display=False)
             with counter:
                 hidden = net(draw(2, LENGTH))
