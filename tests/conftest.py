@@ -293,6 +293,25 @@ def tiny_translation(parallel: Path, prepared: Path, tmp_path: Path) -> Callable
     return write
 
 
+def masked_tokens(tiny_config: Callable[..., Path], prose: Path) -> Path:
+    """The config of an encoder that learns masked tokens for four steps, without dropout; the ranks' shares differ."""
+    path = tiny_config(net={"dropout": 0.0}, data={"block_length": 15}, trainer={"max_steps": 4})
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["model"]["class_path"] = "mhe_lightning.tasks.MaskedLanguageModeling"
+    config["model"]["init_args"]["net"]["class_path"] = "mhe_lightning.models.Encoder"
+    config["model"]["init_args"]["net"]["init_args"]["attention"]["init_args"]["dropout"] = 0.0
+    config["data"]["class_path"] = "mhe_lightning.data.MaskedLanguageModelingData"
+    config["data"]["init_args"]["corpus"] = {
+        "path": str(prose),
+        "tokenizer": "wordpiece",
+        "tokenizer_size": 300,
+        "validation_fraction": 0.1,
+        "test_fraction": 0.1,
+    }
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return path
+
+
 def prepare(config: dict) -> None:
     """Pack a config's corpus: a group of processes finds it ready."""
     data = config["data"]["init_args"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import logged
+from conftest import logged, masked_tokens
 from mhe_lightning.checkpoint import newest_checkpoint, read_checkpoint
 from mhe_lightning.cli import main
 from mhe_lightning.data import LanguageModelingData
@@ -154,16 +154,7 @@ def test_two_processes_score_labelled_examples_as_one_does(benchmark, task, tiny
 
 
 def test_two_processes_train_and_score_masked_tokens_as_one_does(tiny_config, prose, prepared, tmp_path):
-    path = tiny_config(net={"dropout": 0.0}, data={"block_length": 15}, trainer={"max_steps": 4})
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config["model"]["class_path"] = "mhe_lightning.tasks.MaskedLanguageModeling"
-    config["model"]["init_args"]["net"]["class_path"] = "mhe_lightning.models.Encoder"
-    config["model"]["init_args"]["net"]["init_args"]["attention"]["init_args"]["dropout"] = 0.0
-    config["data"]["class_path"] = "mhe_lightning.data.MaskedLanguageModelingData"
-    fractions = {"validation_fraction": 0.1, "test_fraction": 0.1}
-    config["data"]["init_args"]["corpus"] = {"path": str(prose), "tokenizer": "wordpiece", "tokenizer_size": 300}
-    config["data"]["init_args"]["corpus"].update(fractions)
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    path = masked_tokens(tiny_config, prose)
     log = tmp_path / "log"
 
     for name, more, ranks in (("one", [], 1), ("two", ON_TWO, 2)):

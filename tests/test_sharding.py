@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, logged, prepare
+from conftest import ROOT, logged, masked_tokens, prepare
 from mhe_lightning.checkpoint import checkpoints_in, newest_checkpoint, read_checkpoint
 from mhe_lightning.cli import main
 from processes import run
@@ -197,24 +197,6 @@ def assert_equal(one: object, other: object, place: str = "") -> None:
         assert one == other, place
 
 
-def masked(tiny_config, prose: Path) -> Path:
-    path = tiny_config(net={"dropout": 0.0}, data={"block_length": 15}, trainer={"max_steps": 4})
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    config["model"]["class_path"] = "mhe_lightning.tasks.MaskedLanguageModeling"
-    config["model"]["init_args"]["net"]["class_path"] = "mhe_lightning.models.Encoder"
-    config["model"]["init_args"]["net"]["init_args"]["attention"]["init_args"]["dropout"] = 0.0
-    config["data"]["class_path"] = "mhe_lightning.data.MaskedLanguageModelingData"
-    config["data"]["init_args"]["corpus"] = {
-        "path": str(prose),
-        "tokenizer": "wordpiece",
-        "tokenizer_size": 300,
-        "validation_fraction": 0.1,
-        "test_fraction": 0.1,
-    }
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return path
-
-
 SCORES = {
     "masked": ("val/loss", "val/accuracy", "val/pseudo_ppl"),
     "classes": ("val/loss", "val/score"),
@@ -229,7 +211,7 @@ def test_every_kind_of_net_trains_and_scores_as_on_one_process(
     task, name, tiny_config, tiny_classifier, tiny_translation, prose, tmp_path
 ):
     if task == "masked":
-        config = masked(tiny_config, prose)
+        config = masked_tokens(tiny_config, prose)
     elif task == "classes":
         net = {"init_std": 0.5, "dropout": 0.0}  # with smaller numbers rounding would decide the correlation
         config = tiny_classifier("glue", "stsb", net=net, model={"head_dropout": 0.0}, trainer={"max_steps": 4})
