@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -100,7 +101,7 @@ def group(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
 
 
 def _member(function, rank, ranks, port, args, results) -> None:
-    torch.set_num_threads(1)
+    _leave_threads_behind()
     try:
         store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
         dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store)
@@ -112,10 +113,18 @@ def _member(function, rank, ranks, port, args, results) -> None:
     results.put((rank, answer))
 
 
+def _leave_threads_behind() -> None:
+    """The parent's threads are not forked: whatever needs them would wait for ever."""
+    torch.set_num_threads(1)
+    compiler: Any = sys.modules.get("torch._inductor.config")
+    if compiler is not None:
+        compiler.compile_threads = 1  # none but this one: its pool may be the parent's
+
+
 def _child(args: list[str], environment: dict[str, str], log: Path | None) -> None:
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    torch.set_num_threads(1)  # the parent's threads are not forked: a parallel operation would wait for them
+    _leave_threads_behind()
     if log is not None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)
