@@ -35,7 +35,8 @@ def command(config: Path, name: str, root: Path, options: argparse.Namespace, mo
         *("--trainer.default_root_dir", str(root)),
         *("--trainer.max_steps", str(steps)),
         *("--trainer.log_every_n_steps", "5"),
-        *("--trainer.val_check_interval", str(steps)),
+        *("--trainer.accumulate_grad_batches", str(options.accumulate)),
+        *("--trainer.val_check_interval", str(steps * options.accumulate)),
         *("--trainer.limit_val_batches", "1"),
         *("--checkpoints.every_n_steps", str(steps)),
         *("--samples.prompts", "[]"),
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--configs", nargs="+", default=["configs/quickstart.yaml", "configs/quickstart_encoder.yaml"])
     parser.add_argument("--overlays", nargs="+", default=["ddp.yaml"])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
