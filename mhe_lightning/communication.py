@@ -2,7 +2,8 @@
 
 How the strategies communicate:
 
-* Data parallelism sums all gradients over the replicas, once a step, and sends the buffers of the first rank around.
+* Data parallelism sums all gradients over the replicas, once a step, and sends the buffers of the first rank around
+  (unless told not to, as by configs/strategy/ddp.yaml: then what is counted for them is not sent).
 * FSDP2 shards the parameters of each block, and of all that is in no block (the root), over the processes of a shard
   group. In each micro-batch a block's are gathered in the forward pass and again in the backward pass, the root's once;
   gradients are summed and scattered. A parameter is split along its first dimension, rows being added until all

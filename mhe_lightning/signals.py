@@ -21,7 +21,10 @@ ENDING = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class EndSignals:
-    """The signals of this process. Before and after training they end it at once; in training, when a step is saved."""
+    """The signals of this process: before training they end it at once; in training, when a step is saved.
+
+    After the last step they change nothing: what is left is to write the results.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from mhe_lightning import sharded_checkpoint
-from mhe_lightning.checkpoint import read_checkpoint, remove_checkpoint
+from mhe_lightning.checkpoint import read_checkpoint
 from mhe_lightning.distributed import MeshSizes, data_parallel, mesh_sizes, new_control_group, new_mesh
 from mhe_lightning.sharded_checkpoint import OPTIMIZERS, STATE
 
@@ -134,10 +134,6 @@ class Sharded(ModelParallelStrategy):
         if self._writing is not None and self._writing.done() and (error := self._writing.exception()) is not None:
             rank_zero_warn(f"the last checkpoint was not written: {error}")
 
-    def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_global_zero:
-            remove_checkpoint(Path(filepath))
-
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(checkpoint_path))
         sharded = sharded_checkpoint.is_sharded(path)
@@ -148,9 +144,11 @@ class Sharded(ModelParallelStrategy):
                 _empty_state(optimizer, found)
                 for optimizer, found in zip(self.optimizers, checkpoint[OPTIMIZERS], strict=bool(self.optimizers))
             ]
-        missing = states[STATE].keys() ^ checkpoint[STATE].keys()
-        if missing:
-            raise ValueError(f"{path} is of another model: {', '.join(sorted(missing))} differ")
+        if missing := states[STATE].keys() ^ checkpoint[STATE].keys():
+            raise ValueError(
+                f"{path} is of another model: only one of them has {', '.join(sorted(missing))}; go on with the config "
+                "that it was trained with"
+            )
         found = {place: holder[key] for place, holder, key in sharded_checkpoint.places(checkpoint)}
         tied = {f"{STATE}/{name}" for name in self._ties()}
         spread: dict[str, Tensor] = {}
