@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.metadata
 import json
+import os
 import platform
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +42,82 @@ def write_results(path: Path, options: argparse.Namespace, machine: dict[str, An
     path.write_text(
         json.dumps({"settings": settings, "machine": machine, **results}, indent=2) + "\n", encoding="utf-8"
     )
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round: all run one after another, in an order that turns around every round.
+
+    So whatever else the machine does falls on all of them, and no one is always the first. On a GPU each is waited for.
+
+    Args:
+        candidates: what to run, by name.
+        rounds: how often each is timed.
+        warm_up: rounds before, which are not counted: the first ones allocate and compile.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates)
+    for number in range(-warm_up, rounds):
+        for name in order:
+            _wait()
+            begun = clock()
+            candidates[name]()
+            _wait()
+            if number >= 0:
+                seconds[name].append(clock() - begun)
+        order.reverse()
+    return seconds
+
+
+def compared(seconds: Mapping[str, Sequence[float]], reference: str) -> dict[str, dict[str, Any]]:
+    """For each candidate of `interleaved` its median seconds, and how many times faster it is than ``reference``.
+
+    Both with quartiles; those of the ratio are over the ratios of each round.
+    """
+    rows = {}
+    for name, own in seconds.items():
+        ratios = [r / s for r, s in zip(seconds[reference], own, strict=True)]
+        rows[name] = {"seconds": quartiles(own), f"times_{reference}": quartiles(ratios)}
+    return rows
+
+
+def quartiles(numbers: Sequence[float], digits: int = 4) -> dict[str, Any]:
+    """Median and quartiles to ``digits`` significant digits."""
+    low, median, high = statistics.quantiles(numbers, n=4, method="inclusive") if len(numbers) > 1 else 3 * [numbers[0]]
+    low, median, high = (float(f"{x:.{digits}g}") for x in (low, median, high))
+    return {"median": median, "quartiles": [low, high]}
+
+
+def peer(module: str, install: str) -> Any:
+    """A library to compare with, or the end with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise SystemExit(f"the comparison needs {module}: {install}") from None
+
+
+def description(*packages: str) -> dict[str, Any]:
+    """The machine, the date and the versions of ``packages``, to be kept beside results."""
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    threads = {"torch_threads": torch.get_num_threads(), "cores": os.cpu_count(), "gpu": device}
+    return {"date": date.today().isoformat(), **machine(), **versions, **threads}
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; the first column is text, the others are numbers."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _processor() -> str:
