@@ -6,7 +6,7 @@
 2. Open the sources and send every piece of text to a split: the source's own, or every k-th to validation and
    test. Exact duplicates are dropped here.
 3. Train the tokenizer, on text of the training split only, or load the one that is named.
-4. Tokenize batches of a few megabytes on all cores (in Rust) while the next batch is being read.
+4. Tokenize batches of text on all cores (in Rust), each in a thread, while the next ones are being read.
 5. Write the tokens of each split to shards: one end-of-text token, then each document followed by another.
 6. Write the manifest (counts and checksums) last, and rename the finished folder into its place.
 
@@ -183,7 +183,7 @@ class CorpusSpec:
         """
         end = end_of_text_id(tokenizer)
         for batch, encodings in encoded(in_batches(self.assignment().training_pieces()), tokenizer):
-            yield np.array(tokens_by_split(batch, encodings, end)["train"], dtype=np.int64)
+            yield tokens_by_split(batch, encodings, end, np.int64)["train"]
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain, JSON-able values."""
@@ -280,8 +280,8 @@ def _build(spec: CorpusSpec, folder: Path, fingerprint: str, progress: bool) -> 
         for batch, encodings in encoded(in_batches(assignment.pieces()), tokenizer):
             for split, piece in batch:
                 count(writers[split].count(piece))
-            for split, ids in tokens_by_split(batch, encodings, end).items():
-                writers[split].write(np.array(ids, dtype=dtype))
+            for split, tokens in tokens_by_split(batch, encodings, end, dtype).items():
+                writers[split].write(tokens)
     splits = {split: writers[split].close(assignment.duplicates[split]) for split in assignment.splits}
     for split, entry in splits.items():
         if entry["documents"] == 0:
