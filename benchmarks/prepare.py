@@ -9,9 +9,9 @@ All read one parquet file (Python's own prose with words exchanged, or `--path`)
 * datasets: `load_dataset`, `map` with `encode_batch_fast`, `map` with the usual `group_texts`, on all cores.
 
 Each run is a process of its own, interleaved; CPU time is user and system time of it and its children after its
-imports, memory the largest sum over them of the memory that is theirs (PSS), looked up ten times a second. That the
-tokens are those of the bare run is checked. `--limit_mb` packs a corpus that is larger than a limit on the memory that
-the process may have.
+imports; memory is the largest sum over them of what is theirs (PSS), looked up ten times a second, and beside it what
+it was before the work began: our package brings torch along. That the tokens are those of the bare run is checked.
+`--limit_mb` packs a corpus that is larger than a limit on the memory that the process may have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import json
 import os
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -64,10 +63,12 @@ def packed(corpus: Path, tokenizer: Path, folder: Path, held_out: float, **_: An
 
 def bare(corpus: Path, tokenizer: Path, folder: Path, **_: Any) -> Callable[[], dict[str, Any]]:
     encoder = Tokenizer.from_file(str(tokenizer))
-    end = encoder.get_vocab_size() - 1 if (known := encoder.token_to_id("<|endoftext|>")) is None else known
+    end = encoder.token_to_id("<|endoftext|>")
+    size = pyarrow.parquet.ParquetFile(corpus).metadata
+    most = sum(size.row_group(i).total_byte_size for i in range(size.num_row_groups)) + size.num_rows + 1
 
     def run() -> dict[str, Any]:
-        out = np.memmap(folder / "tokens.bin", dtype="<u2", mode="w+", shape=(corpus.stat().st_size * 4,))
+        out = np.memmap(folder / "tokens.bin", dtype="<u2", mode="w+", shape=(most,))
         out[0] = end
         count = 1
         for texts in in_bytes(rows_of(corpus), 250_000):
@@ -132,12 +133,13 @@ def run_one(options: argparse.Namespace) -> None:
         if options.limit_mb:
             limit = options.limit_mb * 10**6
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        before = memory_of_tree(os.getpid())
         begun, cpu = time.perf_counter(), cpu_seconds()
         result = run()
         measured = {"cpu": cpu_seconds() - cpu, "wall": time.perf_counter() - begun, "cpu_of_imports": cpu}
         if callable(result.get("sha256")):
             result["sha256"] = result["sha256"]()
-        print(json.dumps({**result, **measured}))
+        print(json.dumps({**result, **measured, "bytes_before": before}))
 
 
 def cpu_seconds() -> float:
@@ -191,7 +193,7 @@ def write_corpus(file: Path, texts: Iterable[str]) -> int:
     """A parquet file of ``texts``; returns their bytes."""
     schema = pyarrow.schema({"text": pyarrow.string()})
     total = 0
-    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+    with pyarrow.parquet.ParquetWriter(file, schema, use_dictionary=False) as writer:
         texts = iter(texts)
         while part := list(islice(texts, ROW_GROUP)):
             total += sum(len(text.encode()) for text in part)
@@ -260,6 +262,7 @@ def compare_preparing(options: argparse.Namespace, corpus: Path) -> dict[str, An
         rows[name]["wall_seconds"] = quartiles([run["wall"] for run in measured])
         rows[name]["tokens_per_cpu_second"] = quartiles([run["tokens"] / run["cpu"] for run in measured])
         rows[name]["peak_bytes"] = quartiles([run["peak_bytes"] for run in measured])
+        rows[name]["bytes_before"] = quartiles([run["bytes_before"] for run in measured])
         rows[name]["cpu_seconds_of_imports"] = quartiles([run["cpu_of_imports"] for run in measured])
     return rows
 
@@ -337,7 +340,7 @@ def table_of(results: dict[str, Any]) -> str:
     text = ""
     if rows := results.get("preparing"):
         references = [name for name in (REFERENCE, BARE) if name in rows]
-        head = ["", "CPU s", *(f"× {name}" for name in references), "wall s", "peak MB", "tokens / CPU s"]
+        head = ["", "CPU s", *(f"× {name}" for name in references), "wall s", "peak MB", "before MB", "tokens / CPU s"]
         text += markdown_table(
             head,
             [
@@ -347,6 +350,7 @@ def table_of(results: dict[str, Any]) -> str:
                     *(spread(row[f"cpu_times_{reference}"]) for reference in references),
                     spread(row["wall_seconds"]),
                     spread(row["peak_bytes"], 1e6, 0),
+                    spread(row["bytes_before"], 1e6, 0),
                     spread(row["tokens_per_cpu_second"], digits=0),
                 ]
                 for name, row in rows.items()
@@ -381,7 +385,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--path", default="embedded", help="source of documents, as `data.corpus.path`")
     parser.add_argument("--text_column", default="text")
     parser.add_argument("--megabytes", type=float, default=20, help="of text, by variation; 0: the source once")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; a BPE of 8,192 tokens is trained if not given")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="with <|endoftext|>; a BPE of 8,192 tokens is trained if not given"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted; 0 leaves this out")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--processes", type=int, default=cores, help="of datasets.map; all cores if not given")

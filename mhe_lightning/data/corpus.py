@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 
 from mhe_lightning.data.assignment import SPLITS, Assignment
 from mhe_lightning.data.packed import FORMAT_VERSION, MANIFEST, TOKENIZER, CorpusError, PackedCorpus, open_corpus
-from mhe_lightning.data.packing import SplitWriter, encoded, in_batches, reporting, tokens_by_split
+from mhe_lightning.data.packing import SplitWriter, by_split, encoded, in_batches, reporting, token_ids
 from mhe_lightning.data.pieces import Source
 from mhe_lightning.data.sources import FileSource, open_source
 from mhe_lightning.data.tokenizer import (
@@ -183,7 +183,7 @@ class CorpusSpec:
         """
         end = end_of_text_id(tokenizer)
         for batch, encodings in encoded(in_batches(self.assignment().training_pieces()), tokenizer):
-            yield tokens_by_split(batch, encodings, end, np.int64)["train"]
+            yield token_ids([piece for _, piece in batch], encodings, end, np.int64)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain, JSON-able values."""
@@ -278,10 +278,9 @@ def _build(spec: CorpusSpec, folder: Path, fingerprint: str, progress: bool) -> 
     writers = {split: SplitWriter(folder, split, dtype, spec.shard_tokens, end) for split in assignment.splits}
     with reporting("tokenizing", progress) as count:
         for batch, encodings in encoded(in_batches(assignment.pieces()), tokenizer):
-            for split, piece in batch:
-                count(writers[split].count(piece))
-            for split, tokens in tokens_by_split(batch, encodings, end, dtype).items():
-                writers[split].write(tokens)
+            for split, (pieces, own) in by_split(batch, encodings).items():
+                writers[split].write(token_ids(pieces, own, end, dtype))
+                count(writers[split].count(pieces))
     splits = {split: writers[split].close(assignment.duplicates[split]) for split in assignment.splits}
     for split, entry in splits.items():
         if entry["documents"] == 0:

@@ -81,34 +81,44 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def tokens_by_split(
-    batch: list[tuple[str, Piece]], encodings: list[Encoding], end_of_text: int, dtype: npt.DTypeLike
-) -> dict[str, npt.NDArray[Any]]:
-    """Token ids of a batch for each split in it; an end-of-text token follows each document that ends."""
-    pieces: defaultdict[str, list[tuple[Piece, Encoding]]] = defaultdict(list)
+def by_split(
+    batch: list[tuple[str, Piece]], encodings: list[Encoding]
+) -> dict[str, tuple[list[Piece], list[Encoding]]]:
+    """The pieces of a batch, and their encodings, for each split in it."""
+    parts: defaultdict[str, tuple[list[Piece], list[Encoding]]] = defaultdict(lambda: ([], []))
     for (split, piece), encoding in zip(batch, encodings, strict=True):
-        pieces[split].append((piece, encoding))
+        pieces, own = parts[split]
+        pieces.append(piece)
+        own.append(encoding)
+    return parts
 
-    def ids(split: str) -> Iterator[Iterable[int]]:
-        for piece, encoding in pieces[split]:
+
+def token_ids(
+    pieces: list[Piece], encodings: list[Encoding], end_of_text: int, dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """The pieces' token ids one after another; an end-of-text token follows each document that ends."""
+
+    def ids() -> Iterator[Iterable[int]]:
+        for piece, encoding in zip(pieces, encodings, strict=True):
             yield encoding.ids
             if piece.ends_document:
                 yield (end_of_text,)
 
-    # One piece's ids at a time are Python objects: a list of all of a batch's costs twice the time.
-    return {split: np.fromiter(chain.from_iterable(ids(split)), dtype=dtype) for split in pieces}
+    # The ids of one piece at a time are Python objects: a list of all of them first takes twice as long.
+    return np.fromiter(chain.from_iterable(ids()), dtype=dtype)
 
 
-def count_words(text: str, data: bytes) -> int:
-    """``len(text.split())``, without making an object of each word where all is ASCII.
-
-    Args:
-        text: the text.
-        data: the same in UTF-8.
-    """
-    if not text.isascii():
-        return len(text.split())
-    return (b" " + data.translate(_SPACE_OR_NOT)).count(b" x")
+def count_words(texts: Iterable[str]) -> int:
+    """The sum of ``len(text.split())``, without making an object of each word where a text is ASCII."""
+    plain: list[str] = []
+    words = 0
+    for text in texts:
+        if text.isascii():
+            plain.append(text)
+        else:
+            words += len(text.split())
+    marks = "\n".join(["", *plain]).encode("ascii").translate(_SPACE_OR_NOT)
+    return words + marks.count(b" x")
 
 
 class SplitWriter:
@@ -126,17 +136,20 @@ class SplitWriter:
         self.written = 0
         self.write(np.array([end_of_text], dtype=dtype))
 
-    def count(self, piece: Piece) -> int:
-        """Add a piece of text to the counts; returns its bytes."""
-        data = piece.text.encode()
+    def count(self, pieces: list[Piece]) -> int:
+        """Add pieces of text to the counts; returns their bytes."""
+        texts = [piece.text for piece in pieces]
+        ends = [piece.ends_document for piece in pieces]
+        documents = sum(ends)
+        data = "".join(text + "\0" if end else text for text, end in zip(texts, ends, strict=True)).encode()
         self.text_hash.update(data)
-        self.bytes += len(data)
-        self.words += count_words(piece.text, data) + data.count(b"\n")
-        if piece.ends_document:
-            self.documents += 1
-            self.words += not piece.text.endswith("\n")
-            self.text_hash.update(b"\0")
-        return len(data)
+        size = len(data) - documents
+        self.bytes += size
+        self.documents += documents
+        # An end of line for each line, also for the last of a document that has none.
+        self.words += count_words(texts) + data.count(b"\n")
+        self.words += sum(end and not text.endswith("\n") for text, end in zip(texts, ends, strict=True))
+        return size
 
     def write(self, tokens: npt.NDArray[Any]) -> None:
         """Append tokens, over as many shards as it takes."""
