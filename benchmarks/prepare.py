@@ -38,6 +38,7 @@ import pyarrow.parquet
 from tokenizers import Tokenizer
 
 ROW_GROUP = 10_000
+BATCH_BYTES = 128_000  # as in prepare; the bare run, too, is slower with much larger ones
 SAMPLING_S = 0.1
 REFERENCE, BARE = "datasets", "bare"
 CANDIDATES = ("prepare", "prepare, held out", BARE, REFERENCE)
@@ -63,7 +64,7 @@ def packed(corpus: Path, tokenizer: Path, folder: Path, held_out: float, **_: An
 
 def bare(corpus: Path, tokenizer: Path, folder: Path, **_: Any) -> Callable[[], dict[str, Any]]:
     encoder = Tokenizer.from_file(str(tokenizer))
-    end = encoder.token_to_id("<|endoftext|>")
+    end = end_of_text(encoder)
     size = pyarrow.parquet.ParquetFile(corpus).metadata
     most = sum(size.row_group(i).total_byte_size for i in range(size.num_row_groups)) + size.num_rows + 1
 
@@ -71,7 +72,7 @@ def bare(corpus: Path, tokenizer: Path, folder: Path, **_: Any) -> Callable[[], 
         out = np.memmap(folder / "tokens.bin", dtype="<u2", mode="w+", shape=(most,))
         out[0] = end
         count = 1
-        for texts in in_bytes(rows_of(corpus), 250_000):
+        for texts in in_bytes(rows_of(corpus), BATCH_BYTES):
             ids: list[int] = []
             for encoding in encoder.encode_batch_fast(texts, add_special_tokens=False):
                 ids += encoding.ids
@@ -92,7 +93,7 @@ def mapped(
 
     datasets.disable_progress_bars()
     encoder = Tokenizer.from_file(str(tokenizer))
-    end = encoder.token_to_id("<|endoftext|>")
+    end = end_of_text(encoder)
 
     def tokenize(rows: dict[str, list[str]]) -> dict[str, Any]:
         encodings = encoder.encode_batch_fast(rows["text"], add_special_tokens=False)
@@ -146,6 +147,13 @@ def cpu_seconds() -> float:
     """User and system time of this process and of its children that have ended."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """Of the tokenizer; an assertion, as the package, which knows better, is not imported for the peers."""
+    end = tokenizer.token_to_id("<|endoftext|>")
+    assert end is not None
+    return end
 
 
 # --- the corpus

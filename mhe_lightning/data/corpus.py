@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 
 from mhe_lightning.data.assignment import SPLITS, Assignment
 from mhe_lightning.data.packed import FORMAT_VERSION, MANIFEST, TOKENIZER, CorpusError, PackedCorpus, open_corpus
-from mhe_lightning.data.packing import SplitWriter, by_split, encoded, in_batches, reporting, token_ids
+from mhe_lightning.data.packing import SplitWriter, by_split, encoded, in_batches, reporting
 from mhe_lightning.data.pieces import Source
 from mhe_lightning.data.sources import FileSource, open_source
 from mhe_lightning.data.tokenizer import (
@@ -181,9 +181,8 @@ class CorpusSpec:
         Each document is followed by the end-of-text token. With one such token before it, all of this is what
         the training split is packed to.
         """
-        end = end_of_text_id(tokenizer)
-        for batch, encodings in encoded(in_batches(self.assignment().training_pieces()), tokenizer):
-            yield token_ids([piece for _, piece in batch], encodings, end, np.int64)
+        for _, tokens in encoded(in_batches(self.assignment().training_pieces()), tokenizer):
+            yield np.concatenate(tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain, JSON-able values."""
@@ -277,9 +276,9 @@ def _build(spec: CorpusSpec, folder: Path, fingerprint: str, progress: bool) -> 
     write_text(folder / TOKENIZER, tokenizer.to_str())
     writers = {split: SplitWriter(folder, split, dtype, spec.shard_tokens, end) for split in assignment.splits}
     with reporting("tokenizing", progress) as count:
-        for batch, encodings in encoded(in_batches(assignment.pieces()), tokenizer):
-            for split, (pieces, own) in by_split(batch, encodings).items():
-                writers[split].write(token_ids(pieces, own, end, dtype))
+        for batch, tokens in encoded(in_batches(assignment.pieces()), tokenizer, dtype):
+            for split, (pieces, own) in by_split(batch, tokens).items():
+                writers[split].write(own)
                 count(writers[split].count(pieces))
     splits = {split: writers[split].close(assignment.duplicates[split]) for split in assignment.splits}
     for split, entry in splits.items():

@@ -10,20 +10,20 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from mhe_lightning.data.pieces import Piece
+from mhe_lightning.data.tokenizer import end_of_text_id
 
-BATCH_BYTES = 250_000
-"""Text of a batch. Its encodings take many times its memory: where those of several megabytes of text no longer fit
-into a core's cache, tokenizing them takes up to a fifth longer."""
+BATCH_BYTES = 128_000
+"""Text of a batch. Its encodings take many times its memory: where they do not fit into a core's cache, the same work
+takes a fifth longer; smaller batches cost more in passing them on."""
 PROGRESS_INTERVAL_S = 5.0
 
 _SPACE_OR_NOT = bytes(ord(" " if chr(code).isspace() else "x") for code in range(256))
@@ -44,34 +44,46 @@ def in_batches(pieces: Iterable[tuple[str, Piece]]) -> Iterator[list[tuple[str, 
 
 
 def encoded(
-    batches: Iterable[list[tuple[str, Piece]]], tokenizer: Tokenizer, threads: int | None = None
-) -> Iterator[tuple[list[tuple[str, Piece]], list[Encoding]]]:
-    """Each batch with its encodings, in order; the next ones are encoded meanwhile (Rust releases the GIL).
+    batches: Iterable[list[tuple[str, Piece]]],
+    tokenizer: Tokenizer,
+    dtype: npt.DTypeLike = np.int64,
+    threads: int | None = None,
+) -> Iterator[tuple[list[tuple[str, Piece]], list[npt.NDArray[Any]]]]:
+    """Each batch with the token ids of each of its pieces, in order; an end-of-text token follows each document.
+
+    The next batches are encoded meanwhile (Rust releases the GIL).
 
     Args:
         batches: as `in_batches` makes them.
         tokenizer: of which a copy is used.
-        threads: that encode, each a batch of its own; as many batches and one are held in memory. By default one for
+        dtype: of the ids.
+        threads: that encode, each a batch of its own; one batch more than that is held in memory. By default one for
             each core that this process may use.
     """
     threads = threads or available_cores()
+    end = [end_of_text_id(tokenizer)]
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     # A document that spells out a special token gets its characters: text cannot end a document.
     tokenizer.encode_special_tokens = True
 
-    def encode(batch: list[tuple[str, Piece]]) -> list[Encoding]:
-        return tokenizer.encode_batch_fast([piece.text for _, piece in batch], add_special_tokens=False)
+    def encode(batch: list[tuple[str, Piece]]) -> list[npt.NDArray[Any]]:
+        encodings = tokenizer.encode_batch_fast([piece.text for _, piece in batch], add_special_tokens=False)
+        # Encodings take a hundred bytes a token: they end here, in the thread and the cache that they were made in.
+        return [
+            np.array(encoding.ids + end if piece.ends_document else encoding.ids, dtype=dtype)
+            for (_, piece), encoding in zip(batch, encodings, strict=True)
+        ]
 
-    waiting: deque[tuple[list[tuple[str, Piece]], Future[list[Encoding]]]] = deque()
+    waiting: deque[tuple[list[tuple[str, Piece]], Future[list[npt.NDArray[Any]]]]] = deque()
     with ThreadPoolExecutor(max_workers=threads) as pool:
         for batch in batches:
             waiting.append((batch, pool.submit(encode, batch)))
             if len(waiting) > threads:
-                first, encoding = waiting.popleft()
-                yield first, encoding.result()
+                first, tokens = waiting.popleft()
+                yield first, tokens.result()
         while waiting:
-            first, encoding = waiting.popleft()
-            yield first, encoding.result()
+            first, tokens = waiting.popleft()
+            yield first, tokens.result()
 
 
 def available_cores() -> int:
@@ -82,30 +94,14 @@ def available_cores() -> int:
 
 
 def by_split(
-    batch: list[tuple[str, Piece]], encodings: list[Encoding]
-) -> dict[str, tuple[list[Piece], list[Encoding]]]:
-    """The pieces of a batch, and their encodings, for each split in it."""
-    parts: defaultdict[str, tuple[list[Piece], list[Encoding]]] = defaultdict(lambda: ([], []))
-    for (split, piece), encoding in zip(batch, encodings, strict=True):
-        pieces, own = parts[split]
-        pieces.append(piece)
-        own.append(encoding)
-    return parts
-
-
-def token_ids(
-    pieces: list[Piece], encodings: list[Encoding], end_of_text: int, dtype: npt.DTypeLike
-) -> npt.NDArray[Any]:
-    """The pieces' token ids one after another; an end-of-text token follows each document that ends."""
-
-    def ids() -> Iterator[Iterable[int]]:
-        for piece, encoding in zip(pieces, encodings, strict=True):
-            yield encoding.ids
-            if piece.ends_document:
-                yield (end_of_text,)
-
-    # The ids of one piece at a time are Python objects: a list of all of them first takes twice as long.
-    return np.fromiter(chain.from_iterable(ids()), dtype=dtype)
+    batch: list[tuple[str, Piece]], tokens: list[npt.NDArray[Any]]
+) -> dict[str, tuple[list[Piece], npt.NDArray[Any]]]:
+    """The pieces of a batch for each split in it, and their tokens one after another."""
+    parts: defaultdict[str, tuple[list[Piece], list[npt.NDArray[Any]]]] = defaultdict(lambda: ([], []))
+    for (split, piece), own in zip(batch, tokens, strict=True):
+        parts[split][0].append(piece)
+        parts[split][1].append(own)
+    return {split: (pieces, np.concatenate(own)) for split, (pieces, own) in parts.items()}
 
 
 def count_words(texts: Iterable[str]) -> int:

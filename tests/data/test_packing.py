@@ -72,12 +72,18 @@ def test_words_are_those_that_split_gives(texts):
 
 def test_an_end_of_text_token_follows_the_last_piece_of_a_document_only():
     tokenizer = Tokenizer.from_file(tokenizer_file())
-    pieces = [Piece("ab\n", False), Piece("ba", True), Piece("a", True)]
-    encodings = tokenizer.encode_batch_fast([piece.text for piece in pieces])
-    first, second, third = (encoding.ids for encoding in encodings)
-    tokens = packing.token_ids(pieces, encodings, 7, "<u2")
-    assert tokens.dtype == np.dtype("<u2")
-    assert tokens.tolist() == [*first, *second, 7, *third, 7]
+    end = end_of_text_id(tokenizer)
+    batch = [("train", Piece("ab\n", False)), ("train", Piece("ba", True)), ("test", Piece("a", True))]
+    first, second, third = (tokenizer.encode(piece.text).ids for _, piece in batch)
+    ((same, tokens),) = packing.encoded([batch], tokenizer, "<u2")
+    assert same is batch
+    assert [own.tolist() for own in tokens] == [first, [*second, end], [*third, end]]
+    assert {own.dtype for own in tokens} == {np.dtype("<u2")}
+    parts = packing.by_split(batch, tokens)
+    assert {split: own.tolist() for split, (_, own) in parts.items()} == {
+        "train": [*first, *second, end],
+        "test": [*third, end],
+    }
 
 
 # --- on all cores
@@ -95,10 +101,10 @@ def test_batches_come_in_order_and_one_more_than_the_threads_is_held(threads):
             taken += 1
             yield batch
 
-    for batch, encodings in packing.encoded(source(), tokenizer, threads):
+    for batch, tokens in packing.encoded(source(), tokenizer, threads=threads):
         most = max(most, taken - given_out)
         assert batch is batches[given_out]
-        assert encodings[0].ids == tokenizer.encode(batch[0][1].text).ids
+        assert tokens[0][:-1].tolist() == tokenizer.encode(batch[0][1].text).ids
         given_out += 1
     assert given_out == len(batches)
     assert most == threads + 1
