@@ -1,0 +1,1 @@
+"""Hand-tuned forms of attention."""
