@@ -72,23 +72,41 @@ class Tiles:
     stages: int
 
 
-def choose_tiles(n_heads: int, head_dim: int, dtype: torch.dtype) -> Tiles:
-    """The sizes of tiles for a shape.
+def choose_tiles(n_heads: int, head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tiles:
+    """The sizes of tiles for a shape and a device.
 
-    The sums of a group, long × group·dim in float32, live in registers, of which there are 64k: 128 × 256 numbers take
-    half. Of 64 keys the tiles take (64 + 256 + 16)·64·2 B = 43 kB of shared memory a stage, and three stages fit 163 kB
-    (compute capability 8.0) as well as 227 kB (9.0). Every group makes scores anew, so of the group sizes that fit the
-    cheapest is that of least groups·(1 + size). Float32 has no matrix unit at full precision: smaller tiles do.
+    The sums of a group, long × group·dim in float32, live in registers, of which there are 64k: on compute capability
+    9.0 128 × 256 numbers take half. Of 64 keys the tiles take (64 + 256 + 16)·64·2 B = 43 kB of shared memory a stage,
+    the tiles of ds and k for its products 48 kB: three stages fit its 227 kB (for dim 128, 51 and 64 kB: 203 kB in all).
+    Before 9.0 the matrix units take both operands from registers, which leaves room for 64 × 128 sums; and float32 has
+    no matrix unit at full precision, so that operands live in registers too. Every group makes scores anew, so of the
+    group sizes that fit the cheapest is that of least groups·(1 + size).
+
+    Args:
+        n_heads: heads n.
+        head_dim: head dimension d.
+        dtype: of q, k and v.
+        shared_memory: bytes that a block may take on the device: 227 kB from compute capability 9.0 on.
     """
     dim = max(16, triton.next_power_of_2(head_dim))
     exact = dtype == torch.float32
-    most = max(1, (64 if exact else 256) // dim)
+    small = shared_memory < 220_000
+    most = max(1, (64 if exact else 128 if small else 256) // dim)
     sizes = [size for size in (1, 2, 4, 8, 16) if size <= most]
-    group = min(sizes, key=lambda size: (-(-n_heads // size) * (1 + size), size))
+    group = min(sizes, key=lambda size: (triton.cdiv(n_heads, size) * (1 + size), size))
     slots = max(16, triton.next_power_of_2(3 * group))
     if exact:
-        return Tiles(dim, group, slots, long=64, short=32, edge=64, chunk=32, warps=4, stages=2)
+        return Tiles(dim, group, slots, long=32, short=32, edge=32, chunk=32, warps=4, stages=1)
+    if small:
+        return Tiles(dim, group, slots, long=64, short=64, edge=64, chunk=64, warps=4, stages=2)
     return Tiles(dim, group, slots, long=128, short=64, edge=128, chunk=64, warps=8, stages=3)
+
+
+def _tiles(q: Tensor, e_q: Tensor) -> Tiles:
+    memory = 227 * 1024  # the interpreter has no limit
+    if q.is_cuda:
+        memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    return choose_tiles(*e_q.shape, q.dtype, memory)
 
 
 @dataclass(frozen=True)
@@ -148,7 +166,7 @@ def forward(
         float32, the logarithm of the sum of exponentials over visible keys, -inf in such a row.
     """
     (B, T, d), S, n = q.shape, k.shape[1], e_q.shape[0]
-    tiles = choose_tiles(n, d, q.dtype)
+    tiles = _tiles(q, e_q)
     weighed = _weigh(k, v, e_q, scale, tiles)
     heads = q.new_empty(B, T, n, d)
     normalizer = q.new_empty(B, n, T, dtype=torch.float32)
@@ -182,7 +200,7 @@ def backward(
         heads: what ``forward`` gave, as ``normalizer``; the others are its arguments.
     """
     (B, T, d), S, n = q.shape, k.shape[1], e_q.shape[0]
-    tiles = choose_tiles(n, d, q.dtype)
+    tiles = _tiles(q, e_q)
     if grad_heads.stride(-1) != 1:
         grad_heads = grad_heads.contiguous()
     weighed = _weigh(k, v, e_q, scale, tiles)

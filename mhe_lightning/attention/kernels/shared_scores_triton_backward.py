@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mhe_lightning.attention.kernels.shared_scores_triton_common import group_columns, load_group, load_rows, visible
+from mhe_lightning.attention.kernels.shared_scores_triton_common import load_group, load_rows, visible
 
 
 @triton.jit
@@ -95,55 +95,6 @@ def scale_gradients(
 
 
 @triton.jit
-def _collect(
-    dw,
-    dz,
-    k_tile,
-    unsafe,
-    q,
-    scaled,
-    sums,
-    shift,
-    mask,
-    q_t,
-    mask_t,
-    mask_j,
-    j,
-    start,
-    end,
-    group,
-    T,
-    S,
-    scale,
-    CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    PARTLY: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    GROUP: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    """Eᵀ @ [c·dH | −c·D] over the tiles of queries from ``start`` to ``end``."""
-    groups: tl.constexpr = (HEADS + GROUP - 1) // GROUP
-    for t0 in range(start, end, ROWS):
-        t = t0 + tl.arange(0, ROWS)
-        q_tile = load_rows(q, t0, q_t, T, HEAD_DIM, ROWS, DIM)
-        u = tl.load(shift + t, mask=t < T, other=0.0)
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale + unsafe[:, None]  # (KEYS, ROWS)
-        E = tl.exp2(s - u[None, :])
-        if PARTLY:
-            E = tl.where(visible(t[None, :], j[:, None], mask, mask_t, mask_j, T, S, CAUSAL, HAS_MASK), E, 0.0)
-        E = E.to(scaled.dtype.element_ty)
-        gradient_tile = load_group(scaled, t0, T, group, HEADS, HEAD_DIM, GROUP, ROWS, DIM)
-        sum_tile = load_rows(sums + group * SLOTS, t0, groups * SLOTS, T, SLOTS, ROWS, SLOTS)
-        dw = tl.dot(E, gradient_tile, dw, input_precision="ieee")
-        dz = tl.dot(E, sum_tile, dz, input_precision="ieee")
-    return dw, dz
-
-
-@triton.jit
 def key_gradients(
     q,
     k,
@@ -205,53 +156,48 @@ def key_gradients(
     unsafe = tl.load(penalty + b * S + j, mask=j < S, other=float("-inf"))
 
     start = 0
-    full = 0
     if CAUSAL:
         start = tl.minimum(T, j0 // ROWS * ROWS)
-        full = tl.minimum(T, (j0 + KEYS - 1 + ROWS - 1) // ROWS * ROWS)  # from here on all see the whole tile
-    if HAS_MASK:
-        full = T
     dw = tl.zeros((KEYS, GROUP * DIM), tl.float32)
     dz = tl.zeros((KEYS, SLOTS), tl.float32)
-    dw, dz = _collect(
-        dw, dz, k_tile, unsafe, q, scaled, sums, shift, mask, q_t, mask_t, mask_j, j, start, full, group, T, S, scale,
-        CAUSAL, HAS_MASK, True, HEADS, HEAD_DIM, GROUP, SLOTS, ROWS, DIM,
-    )  # fmt: skip
-    dw, dz = _collect(
-        dw, dz, k_tile, unsafe, q, scaled, sums, shift, mask, q_t, mask_t, mask_j, j, full, T, group, T, S, scale,
-        CAUSAL, HAS_MASK, False, HEADS, HEAD_DIM, GROUP, SLOTS, ROWS, DIM,
-    )  # fmt: skip
+    for t0 in range(start, T, ROWS):
+        t = t0 + tl.arange(0, ROWS)
+        q_tile = load_rows(q, t0, q_t, T, HEAD_DIM, ROWS, DIM)
+        u = tl.load(shift + t, mask=t < T, other=0.0)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale + unsafe[:, None]  # (KEYS, ROWS)
+        E = tl.exp2(s - u[None, :])
+        if CAUSAL or HAS_MASK:
+            E = tl.where(visible(t[None, :], j[:, None], mask, mask_t, mask_j, T, S, CAUSAL, HAS_MASK), E, 0.0)
+        E = E.to(scaled.dtype.element_ty)
+        gradient_tile = load_group(scaled, t0, T, group, HEADS, HEAD_DIM, GROUP, ROWS, DIM)
+        sum_tile = load_rows(sums + group * SLOTS, t0, groups * SLOTS, T, SLOTS, ROWS, SLOTS)
+        dz = tl.dot(E, sum_tile, dz, input_precision="ieee")
+        dw = tl.dot(E, gradient_tile, dw, input_precision="ieee")
 
-    member, place, real = group_columns(group, HEADS, HEAD_DIM, GROUP, DIM)
-    slot = tl.arange(0, SLOTS)
     c = tl.arange(0, DIM)
+    head = group * GROUP + tl.arange(0, GROUP)
     safe = unsafe == 0.0
+    there = safe[:, None] & (head < HEADS)[None, :]
+    places = head.to(tl.int64)[None, :] * S + j[:, None]
+    w = tl.where(there, tl.exp2(tl.load(r + places, mask=there, other=0.0)), 0.0)  # (KEYS, GROUP)
     own = load_rows(v + b * v_b, j0, v_j, S, HEAD_DIM, KEYS, DIM)
-    pointers = v + b * v_b + tl.cast(j0, tl.int64) * v_j + (j - j0)[:, None] * v_j
-    dims = place - (group * GROUP + member) * HEAD_DIM
-    repeated = tl.load(pointers + dims[None, :], mask=(j < S)[:, None] & real[None, :], other=0.0)
-    along = dw * repeated.to(tl.float32)
-    weight = tl.zeros((KEYS, GROUP * DIM), tl.float32)
-    for i in tl.static_range(GROUP):
-        head = group * GROUP + i
-        there = j < tl.where(head < HEADS, S, 0)
-        r_i = tl.load(r + tl.cast(head, tl.int64) * S + j, mask=there & safe, other=0.0)
-        w_i = tl.where(there & safe, tl.exp2(r_i), 0.0)
-        weight = tl.where((member == i)[None, :], w_i[:, None], weight)
-        total = tl.sum(tl.where((member == i)[None, :], along, 0.0), axis=1)
-        # what met −c·D and its remainder
-        total += tl.sum(tl.where(((slot == i) | (slot == 2 * GROUP + i))[None, :], dz, 0.0), axis=1)
-        tl.store(dr + tl.cast(head, tl.int64) * S + j, w_i * total, mask=there & safe)
-    dv_tile = tl.sum(tl.reshape(dw * weight, (KEYS, GROUP, DIM)), axis=1)
+    by_head = tl.reshape(dw, (KEYS, GROUP, DIM))
+    # what met −c·D and its remainder
+    part = tl.arange(0, SLOTS // GROUP)
+    met = ((part == 0) | (part == 2))[None, :, None]
+    total = tl.sum(tl.where(met, tl.reshape(dz, (KEYS, SLOTS // GROUP, GROUP)), 0.0), axis=1)
+    total += tl.sum(by_head * own.to(tl.float32)[:, None, :], axis=2)
+    tl.store(dr + places, w * total, mask=there)
+    dv_tile = tl.sum(by_head * w[:, :, None], axis=1)
 
     apart = (j < S) & (unsafe < 0.0)
     if tl.max(apart.to(tl.int32), axis=0) > 0:
-        for i in range(GROUP):
-            head = group * GROUP + i
-            if head < HEADS:
-                row = tl.cast(head, tl.int64)
-                r_i = tl.load(r + row * S + j, mask=j < S, other=0.0)
-                dr_i = tl.zeros((KEYS,), tl.float32)
+        for h in range(GROUP):
+            one = group * GROUP + h
+            if one < HEADS:
+                row = tl.cast(one, tl.int64)
+                r_h = tl.load(r + row * S + j, mask=j < S, other=0.0)
+                dr_h = tl.zeros((KEYS,), tl.float32)
                 for t0 in range(start, T, ROWS):
                     t = t0 + tl.arange(0, ROWS)
                     q_tile = load_rows(q, t0, q_t, T, HEAD_DIM, ROWS, DIM)
@@ -259,13 +205,13 @@ def key_gradients(
                     L = tl.load(normalizer + row * T + t, mask=t < T, other=0.0) * octave
                     D = tl.load(dots + row * T + t, mask=t < T, other=0.0)
                     seen = visible(t[None, :], j[:, None], mask, mask_t, mask_j, T, S, CAUSAL, HAS_MASK)
-                    seen = seen & apart[:, None]
+                    seen = seen & apart[:, None] & (t < T)[None, :]
                     s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
-                    p = tl.where(seen, tl.exp2(s + r_i[:, None] - L[None, :]), 0.0)
+                    p = tl.where(seen, tl.exp2(s + r_h[:, None] - L[None, :]), 0.0)
                     dp = tl.dot(own, tl.trans(dh), input_precision="ieee") - D[None, :]
                     dv_tile = tl.dot(p.to(dh.dtype), dh, dv_tile, input_precision="ieee")
-                    dr_i += tl.sum(tl.where(seen, p * dp, 0.0), axis=1)
-                tl.store(dr + row * S + j, dr_i, mask=apart)
+                    dr_h += tl.sum(tl.where(seen, p * dp, 0.0), axis=1)
+                tl.store(dr + row * S + j, dr_h, mask=apart)
     places = ((b * groups + group) * S + j.to(tl.int64))[:, None] * HEAD_DIM + c[None, :]
     tl.store(dv + places, dv_tile, mask=(j < S)[:, None] & (c < HEAD_DIM)[None, :])
 

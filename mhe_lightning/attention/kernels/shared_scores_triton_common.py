@@ -62,13 +62,14 @@ def load_group(
 
 @triton.jit
 def visible(t, j, mask, mask_t, mask_j, T, S, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Whether query t may attend to key j, for indices that broadcast against each other."""
-    seen = (t < T) & (j < S)
+    """Whether query t may attend to key j, for indices that broadcast against each other; with ``CAUSAL`` alone also
+    outside of T and S, whose bounds are the caller's."""
+    seen = (t >= 0) & (j >= 0)
     if CAUSAL:
-        seen = seen & (j <= t)
+        seen = j <= t
     if HAS_MASK:
         places = t.to(tl.int64) * mask_t + j.to(tl.int64) * mask_j
-        seen = seen & (tl.load(mask + places, mask=seen, other=0) != 0)
+        seen = seen & (tl.load(mask + places, mask=seen & (t < T) & (j < S), other=0) != 0)
     return seen
 
 
