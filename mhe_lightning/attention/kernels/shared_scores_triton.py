@@ -1,12 +1,12 @@
 """Shared-score MHE-ADD on a GPU: all heads from one matrix of exponentials (Triton).
 
-The scores of head i are ``s_tj + r_ij`` with ``s = scale·q kᵀ`` and ``r = scale·e kᵀ``, hence with ``E = exp(s − max)``,
-once for all heads, and ``w = exp(r)``::
+The scores of head i are ``s_tj + r_ij`` with ``s = scale·q kᵀ`` and ``r = scale·e kᵀ``, hence with ``w = exp(r)`` and
+``E = exp(s − max)``, once for all heads::
 
     H_i = E (w_i ⊙ v) / (E w_i)
 
-a product of width n·d where multi-head attention has n products of two times d, and one exponential for a group of heads
-where it has one for each.
+a product of width n·d where multi-head attention has n products of two times d, and one exponential for a group of
+heads where it has one for each. Source: identity 3 of MHE-ADD (Xue & Aletras 2023, arXiv 2310.07911, gives the heads).
 
 Range. Maxima are taken over the keys that a row may see, with running rescaling. ``w`` is relative to nothing: it is a
 function of one key alone, so no key can change what a row makes of another, nor through rounding. Where |r| is so large
@@ -21,13 +21,12 @@ parts.
 Memory besides inputs and outputs: ``w ⊙ v`` (B·S·n·d numbers); backward also ``c·dH`` (B·T·n·d) and ds for as many
 queries at a time as ``WORKSPACE`` holds.
 
-The kernels were run in Triton's interpreter and compiled for compute capabilities 8.0 and 9.0; they were not run on a GPU
-yet, so that sizes of tiles rest on counts of registers and shared memory, not on times.
+Not run on a GPU yet: the kernels were run in Triton's interpreter and compiled for compute capabilities 8.0 and 9.0, so
+that sizes of tiles rest on counts of registers and shared memory, not on times.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +36,6 @@ from torch import Tensor
 from mhe_lightning.attention.kernels import shared_scores_triton_backward as backward_kernels
 from mhe_lightning.attention.kernels.shared_scores_triton_common import weigh_values
 from mhe_lightning.attention.kernels.shared_scores_triton_forward import forward_kernel
-
-OCTAVES = math.log2(math.e)
-"""Octaves (factors of two) in a natural unit of the exponent."""
 
 WORKSPACE = 64 * 2**20
 """Bytes that ds, the gradient of the shared scores, may take at a time (one tile of queries at least)."""
@@ -77,7 +73,7 @@ def choose_tiles(n_heads: int, head_dim: int, dtype: torch.dtype, shared_memory:
 
     The sums of a group, long × group·dim in float32, live in registers, of which there are 64k: on compute capability
     9.0 128 × 256 numbers take half. Of 64 keys the tiles take (64 + 256 + 16)·64·2 B = 43 kB of shared memory a stage,
-    the tiles of ds and k for its products 48 kB: three stages fit its 227 kB (for dim 128, 51 and 64 kB: 203 kB in all).
+    the tiles of ds and k for its products 48 kB: three stages fit its 227 kB (for dim 128, 51 and 64 kB: 203 in all).
     Before 9.0 the matrix units take both operands from registers, which leaves room for 64 × 128 sums; and float32 has
     no matrix unit at full precision, so that operands live in registers too. Every group makes scores anew, so of the
     group sizes that fit the cheapest is that of least groups·(1 + size).
@@ -105,8 +101,9 @@ def choose_tiles(n_heads: int, head_dim: int, dtype: torch.dtype, shared_memory:
 def _tiles(q: Tensor, e_q: Tensor) -> Tiles:
     memory = 227 * 1024  # the interpreter has no limit
     if q.is_cuda:
-        memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-    return choose_tiles(*e_q.shape, q.dtype, memory)
+        memory = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
+    n, d = e_q.shape
+    return choose_tiles(n, d, q.dtype, memory)
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ def _weigh(k: Tensor, v: Tensor, e_q: Tensor, scale: float, tiles: Tiles) -> _We
     spread, largest = (4.0, 2.0**11) if k.dtype == torch.float16 else (40.0, 2.0**60)
     weigh_values[(triton.cdiv(S, tiles.short), B)](
         k, v, e_q, weighed.r, weighed.penalty, weighed.values, weighed.weights,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), e_q.stride(0), S, scale * OCTAVES,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), e_q.stride(0), S, scale,
         SPREAD=spread, LARGEST=largest, HEADS=n, HEAD_DIM=d, GROUP=tiles.group, SLOTS=tiles.slots,
         KEYS=tiles.short, DIM=tiles.dim, num_warps=4,
     )  # fmt: skip
@@ -174,7 +171,7 @@ def forward(
     forward_kernel[(triton.cdiv(n, tiles.group), triton.cdiv(T, tiles.long), B)](
         q, k, v, weighed.r, weighed.penalty, weighed.values, weighed.weights, mask_bytes, heads, normalizer,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *mask_strides,
-        T, S, scale * OCTAVES, CAUSAL=is_causal, HAS_MASK=mask is not None, HEADS=n, HEAD_DIM=d, GROUP=tiles.group,
+        T, S, scale, CAUSAL=is_causal, HAS_MASK=mask is not None, HEADS=n, HEAD_DIM=d, GROUP=tiles.group,
         SLOTS=tiles.slots, ROWS=tiles.long, KEYS=tiles.short, DIM=tiles.dim, num_warps=tiles.warps,
         num_stages=tiles.stages,
     )  # fmt: skip
@@ -217,12 +214,21 @@ def backward(
     )  # fmt: skip
 
     mask_bytes, *mask_strides = _mask_arguments(mask, q)
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), *grad_strides, *mask_strides)
+    strides = (
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        *grad_strides,
+        *mask_strides,
+    )
     dr = k.new_empty(B, n, S, dtype=torch.float32)
     dv = k.new_empty(B, groups, S, d, dtype=torch.float32)
     backward_kernels.key_gradients[(groups, triton.cdiv(S, tiles.long), B)](
         q, k, v, weighed.r, weighed.penalty, mask_bytes, grad_heads, normalizer, scaled, sums, dots, shift, dr, dv,
-        *strides, T, S, scale * OCTAVES, CAUSAL=is_causal, HAS_MASK=mask is not None, HEADS=n, HEAD_DIM=d,
+        *strides, T, S, scale, CAUSAL=is_causal, HAS_MASK=mask is not None, HEADS=n, HEAD_DIM=d,
         GROUP=tiles.group, SLOTS=tiles.slots, ROWS=tiles.short, KEYS=tiles.long, DIM=tiles.dim, num_warps=tiles.warps,
         num_stages=tiles.stages,
     )  # fmt: skip
@@ -238,7 +244,7 @@ def backward(
         columns = triton.cdiv(S, edge)
         backward_kernels.score_gradients[(columns, rows, B)](
             q, k, v, weighed.r, weighed.penalty, weighed.values, weighed.weights, mask_bytes, grad_heads, normalizer,
-            scaled, sums, dots, shift, ds, *strides, first, ds.stride(0), T, S, scale * OCTAVES, CAUSAL=is_causal,
+            scaled, sums, dots, shift, ds, *strides, first, ds.stride(0), T, S, scale, CAUSAL=is_causal,
             HAS_MASK=mask is not None, HEADS=n, HEAD_DIM=d, GROUP=tiles.group, SLOTS=tiles.slots, EDGE=edge,
             CHUNK=tiles.chunk, DIM=tiles.dim, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip

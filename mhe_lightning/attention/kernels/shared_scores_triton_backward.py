@@ -6,22 +6,23 @@ With ``p_tij = exp(s_tj + r_ij − L_ti)`` (L is the normalizer) and ``D_ti = dH
 * ``dr_ij = Σ_t p_tij (dH_ti·v_j − D_ti)``, then ``de = scale·dr k``
 * ``dv_j = Σ_ti p_tij dH_ti``
 
-For safe keys ``p_tij = E_tj·w_ij·c_ti`` with ``E = 2^(s − u)``, ``w = 2^r``, ``c = 2^(u − L)`` and ``u_t = min_i L_ti``:
-then ``c ≤ 1``, and ``E ≤ 1/w`` for every head, so nothing overflows, and what underflows is negligible beside a row sum
-of 1. All heads share E: ``ds = E ⊙ ([c·dH | −c·D] @ [w·v | w]ᵀ)``, one product of width n·d, and
-``Eᵀ @ [c·dH | −c·D]`` gives dv and dr. Unsafe keys (see ``weigh_values``) are added head by head.
+For safe keys ``p_tij = E_tj·w_ij·c_ti`` with ``E = exp(s − u)``, ``w = exp(r)``, ``c = exp(u − L)`` and
+``u_t = min_i L_ti``: then ``c ≤ 1``, and ``E ≤ 1/w`` for the head of the minimum, so nothing overflows, and what
+underflows is negligible beside a row sum of 1. All heads share E: ``ds = E ⊙ ([c·dH | −c·D] @ [w·v | w]ᵀ)``, one
+product of width n·d, and ``Eᵀ @ [c·dH | −c·D]`` gives dv and dr. Unsafe keys (see ``weigh_values``) are added head by
+head.
 
 No atomic operation: equal inputs give equal bits.
 """
 
-# mypy: allow-untyped-defs
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from mhe_lightning.attention.kernels.shared_scores_triton_common import load_group, load_rows, visible
+from mhe_lightning.attention.kernels.shared_scores_triton_common import OCTAVES, load_group, load_rows, visible
 
 
 @triton.jit
@@ -61,14 +62,13 @@ def scale_gradients(
     i_all = tl.arange(0, PADDED_HEADS)
     real = t < T
     groups: tl.constexpr = (HEADS + GROUP - 1) // GROUP
-    octave: tl.constexpr = 1.4426950408889634  # log2(e)
     normalizer += b * HEADS * T
     every = tl.load(
         normalizer + i_all[None, :].to(tl.int64) * T + t[:, None],
         mask=real[:, None] & (i_all < HEADS)[None, :],
         other=float("inf"),
     )
-    u = tl.min(every, axis=1) * octave
+    u = tl.min(every, axis=1) * OCTAVES
     sees = real & (u > float("-inf"))
     u = tl.where(sees, u, 0.0)
     tl.store(shift + b * T + t, u, mask=real)
@@ -79,7 +79,7 @@ def scale_gradients(
         dh = load_rows(grad + b * grad_b + i * grad_n, t0, grad_t, T, HEAD_DIM, ROWS, DIM).to(tl.float32)
         D = tl.sum(h * dh, axis=1)
         tl.store(dots + (b * HEADS + i) * T + t, D, mask=real)
-        L = tl.load(normalizer + tl.cast(i, tl.int64) * T + t, mask=real, other=0.0) * octave
+        L = tl.load(normalizer + tl.cast(i, tl.int64) * T + t, mask=real, other=0.0) * OCTAVES
         factor = tl.where(sees, tl.exp2(u - tl.where(sees, L, 0.0)), 0.0)
         tl.store(
             scaled + places,
@@ -140,7 +140,6 @@ def key_gradients(
     j0 = tl.program_id(1) * KEYS
     b = tl.program_id(2).to(tl.int64)
     groups: tl.constexpr = (HEADS + GROUP - 1) // GROUP
-    octave: tl.constexpr = 1.4426950408889634  # log2(e)
     j = j0 + tl.arange(0, KEYS)
     q += b * q_b
     mask += b * mask_b
@@ -164,7 +163,9 @@ def key_gradients(
         t = t0 + tl.arange(0, ROWS)
         q_tile = load_rows(q, t0, q_t, T, HEAD_DIM, ROWS, DIM)
         u = tl.load(shift + t, mask=t < T, other=0.0)
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale + unsafe[:, None]  # (KEYS, ROWS)
+        s = (
+            tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * (scale * OCTAVES) + unsafe[:, None]
+        )  # (KEYS, ROWS)
         E = tl.exp2(s - u[None, :])
         if CAUSAL or HAS_MASK:
             E = tl.where(visible(t[None, :], j[:, None], mask, mask_t, mask_j, T, S, CAUSAL, HAS_MASK), E, 0.0)
@@ -179,7 +180,7 @@ def key_gradients(
     safe = unsafe == 0.0
     there = safe[:, None] & (head < HEADS)[None, :]
     places = head.to(tl.int64)[None, :] * S + j[:, None]
-    w = tl.where(there, tl.exp2(tl.load(r + places, mask=there, other=0.0)), 0.0)  # (KEYS, GROUP)
+    w = tl.where(there, tl.exp2(tl.load(r + places, mask=there, other=0.0) * OCTAVES), 0.0)  # (KEYS, GROUP)
     own = load_rows(v + b * v_b, j0, v_j, S, HEAD_DIM, KEYS, DIM)
     by_head = tl.reshape(dw, (KEYS, GROUP, DIM))
     # what met −c·D and its remainder
@@ -202,12 +203,13 @@ def key_gradients(
                     t = t0 + tl.arange(0, ROWS)
                     q_tile = load_rows(q, t0, q_t, T, HEAD_DIM, ROWS, DIM)
                     dh = load_rows(grad + row * grad_n, t0, grad_t, T, HEAD_DIM, ROWS, DIM)
-                    L = tl.load(normalizer + row * T + t, mask=t < T, other=0.0) * octave
+                    L = tl.load(normalizer + row * T + t, mask=t < T, other=0.0)
                     D = tl.load(dots + row * T + t, mask=t < T, other=0.0)
                     seen = visible(t[None, :], j[:, None], mask, mask_t, mask_j, T, S, CAUSAL, HAS_MASK)
                     seen = seen & apart[:, None] & (t < T)[None, :]
                     s = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee") * scale
-                    p = tl.where(seen, tl.exp2(s + r_h[:, None] - L[None, :]), 0.0)
+                    # a probability, whatever rounding makes of large scores
+                    p = tl.where(seen, tl.exp(tl.minimum(s + r_h[:, None] - L[None, :], 0.0)), 0.0)
                     dp = tl.dot(own, tl.trans(dh), input_precision="ieee") - D[None, :]
                     dv_tile = tl.dot(p.to(dh.dtype), dh, dv_tile, input_precision="ieee")
                     dr_h += tl.sum(tl.where(seen, p * dp, 0.0), axis=1)
@@ -273,7 +275,6 @@ def score_gradients(
         return
     width: tl.constexpr = HEADS * HEAD_DIM
     groups: tl.constexpr = (HEADS + GROUP - 1) // GROUP
-    octave: tl.constexpr = 1.4426950408889634  # log2(e)
     t = t0 + tl.arange(0, EDGE)
     j = j0 + tl.arange(0, EDGE)
     scaled += b * T * width
@@ -300,7 +301,7 @@ def score_gradients(
     u = tl.load(shift + b * T + t, mask=t < T, other=0.0)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
     seen = visible(t[:, None], j[None, :], mask + b * mask_b, mask_t, mask_j, T, S, CAUSAL, HAS_MASK)
-    result = tl.where(seen, tl.exp2(s + unsafe[None, :] - u[:, None]) * product, 0.0)
+    result = tl.where(seen, tl.exp2(s * OCTAVES + unsafe[None, :] - u[:, None]) * product, 0.0)
 
     apart = (j < S) & (unsafe < 0.0)
     if tl.max(apart.to(tl.int32), axis=0) > 0:
@@ -309,10 +310,10 @@ def score_gradients(
         for i in range(HEADS):
             row = b * HEADS + i
             r_i = tl.load(r + row * S + j, mask=j < S, other=0.0)
-            L = tl.load(normalizer + row * T + t, mask=t < T, other=0.0) * octave
+            L = tl.load(normalizer + row * T + t, mask=t < T, other=0.0)
             D = tl.load(dots + row * T + t, mask=t < T, other=0.0)
             dh = load_rows(grad + b * grad_b + i * grad_n, t0, grad_t, T, HEAD_DIM, EDGE, DIM)
-            p = tl.exp2(s + r_i[None, :] - L[:, None])
+            p = tl.exp(tl.minimum(s + r_i[None, :] - L[:, None], 0.0))
             dp = tl.dot(dh, tl.trans(v_tile), input_precision="ieee") - D[:, None]
             result += tl.where(seen, p * dp, 0.0)
     places = (tl.arange(0, EDGE) + tl.cast(local, tl.int64))[:, None] * S + j[None, :]
@@ -336,7 +337,7 @@ def query_products(
     EDGE: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """dq = scale·ds k for one tile of the queries from ``first`` on; ``scale`` in natural units."""
+    """dq = scale·ds k for one tile of the queries from ``first`` on."""
     local = tl.program_id(0) * EDGE
     b = tl.program_id(1).to(tl.int64)
     t0 = first + local

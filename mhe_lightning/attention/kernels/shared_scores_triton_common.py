@@ -1,15 +1,20 @@
 """What the forward and the backward kernels of shared-score MHE-ADD share: loads, masks, and the weighted values.
 
-Scores are counted in octaves (base-2 logarithms), since exp2 is what the hardware has.
+Where heads share scores these are counted in octaves (base-2 logarithms), since exp2 is what the hardware has. Where a
+head is treated by itself they are in natural units, as the normalizer is: a probability of 1 is then 1 after the
+normalizer was stored and read, at any size of scores.
 """
 
-# mypy: allow-untyped-defs
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 # The arguments of kernels are Triton's own: pointers, and numbers that it specialises.
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+OCTAVES = tl.constexpr(1.4426950408889634)
+"""log2(e), the octaves in a natural unit."""
 
 
 @triton.jit
@@ -30,9 +35,7 @@ def load_rows(base, start, stride, rows, WIDTH: tl.constexpr, COUNT: tl.constexp
 
 
 @triton.jit
-def group_columns(
-    group, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr
-):
+def group_columns(group, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr):
     """For the GROUP·DIM columns of a group of heads: the head within the group, the place in a row of n·d numbers, and
     whether the column is one of them (heads and dimensions are padded)."""
     c = tl.arange(0, GROUP * DIM)
@@ -53,7 +56,7 @@ def load_group(
     COUNT: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """COUNT rows of a contiguous (rows, n, d), of them the heads of one group: (COUNT, GROUP·DIM), padded with zeros."""
+    """COUNT rows of a contiguous (rows, n, d), the heads of one group: (COUNT, GROUP·DIM), padded with zeros."""
     i = tl.arange(0, COUNT)
     _, place, real = group_columns(group, HEADS, HEAD_DIM, GROUP, DIM)
     pointers = base + tl.cast(start, tl.int64) * (HEADS * HEAD_DIM) + i[:, None] * (HEADS * HEAD_DIM) + place[None, :]
@@ -98,13 +101,13 @@ def weigh_values(
     KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """What the heads make of every key, in no query's presence: r_ij, w_ij = 2^r_ij and w_ij·v_j.
+    """What the heads make of every key, in no query's presence: r_ij, w_ij = exp(r_ij) and w_ij·v_j.
 
-    A key whose r is beyond ±SPREAD for any head, or whose value is beyond LARGEST, is *unsafe*: a product of two
-    exponentials may leave the dtype's range. It gets weight 0 here and a penalty of -inf; other kernels add it directly.
+    A key whose r is beyond ±SPREAD octaves for any head, or whose value is beyond LARGEST, is *unsafe*: a product of
+    two exponentials may leave the dtype's range. It gets weight 0 here and a penalty of -inf; the other kernels add it
+    head by head.
 
     Args:
-        scale: in octaves.
         r: (B, n, S) float32, written: scale·e_i·k_j.
         penalty: (B, S) float32, written: 0, or -inf for an unsafe key.
         values: (B, S, n, d), written: w_ij·v_j.
@@ -125,13 +128,13 @@ def weigh_values(
         e_i = tl.load(e + i * e_n + c, mask=c < HEAD_DIM, other=0.0).to(tl.float32)
         r_i = tl.sum(k_tile * e_i[None, :], axis=1) * scale
         tl.store(r + (b * HEADS + i) * S + j, r_i, mask=real)
-        safe = safe & (tl.abs(r_i) <= SPREAD)
+        safe = safe & (tl.abs(r_i) * OCTAVES <= SPREAD)
     tl.store(penalty + b * S + j, tl.where(safe, 0.0, float("-inf")), mask=real)
     rows = b * S + j.to(tl.int64)
     for i in range(HEADS):
         e_i = tl.load(e + i * e_n + c, mask=c < HEAD_DIM, other=0.0).to(tl.float32)
         r_i = tl.sum(k_tile * e_i[None, :], axis=1) * scale
-        w_i = tl.where(safe, tl.exp2(r_i), 0.0)
+        w_i = tl.where(safe, tl.exp2(r_i * OCTAVES), 0.0)
         # where, since an unsafe key's value may be infinite in float32 times anything
         product = tl.where(safe[:, None], w_i[:, None] * v_tile, 0.0)
         places = (rows * (HEADS * HEAD_DIM) + i * HEAD_DIM)[:, None] + c[None, :]

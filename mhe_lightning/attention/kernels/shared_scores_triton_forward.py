@@ -1,13 +1,19 @@
 """The forward kernel of shared-score MHE-ADD: one tile of exponentials feeds every head of a group."""
 
-# mypy: allow-untyped-defs
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False, disallow-untyped-decorators=False
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from mhe_lightning.attention.kernels.shared_scores_triton_common import group_columns, load_group, load_rows, visible
+from mhe_lightning.attention.kernels.shared_scores_triton_common import (
+    OCTAVES,
+    group_columns,
+    load_group,
+    load_rows,
+    visible,
+)
 
 
 @triton.jit
@@ -76,7 +82,9 @@ def forward_kernel(
         # keys beyond S count as unsafe here: neither enters a maximum
         unsafe = tl.load(penalty + j, mask=j < S, other=float("-inf"))
         worst = tl.minimum(worst, tl.where(j < S, unsafe, 0.0))
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale + unsafe[None, :]  # (ROWS, KEYS)
+        s = (
+            tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * (scale * OCTAVES) + unsafe[None, :]
+        )  # (ROWS, KEYS)
         if CAUSAL or HAS_MASK:
             seen = visible(t[:, None], j[None, :], mask, mask_t, mask_j, T, S, CAUSAL, HAS_MASK)
             s = tl.where(seen, s, float("-inf"))
@@ -92,10 +100,10 @@ def forward_kernel(
 
     member, place, real = group_columns(group, HEADS, HEAD_DIM, GROUP, DIM)
     own = tl.arange(0, GROUP)
-    # z_i: the sum over both parts of the weights. From here on each head has its own unit, 2^unit
+    # z_i: the sum over both parts of the weights. From here on each head has its own unit, exp(unit)
     part = tl.arange(0, SLOTS // GROUP)
     z = tl.sum(tl.where((part < 2)[None, :, None], tl.reshape(sums, (ROWS, SLOTS // GROUP, GROUP)), 0.0), axis=1)
-    unit = tl.zeros((ROWS, GROUP), tl.float32) + m[:, None]
+    unit = tl.zeros((ROWS, GROUP), tl.float32) + (m / OCTAVES)[:, None]
     if tl.min(worst, axis=0) < 0.0:
         for j0 in range(0, end, KEYS):
             j = j0 + tl.arange(0, KEYS)
@@ -112,8 +120,8 @@ def forward_kernel(
                     old = tl.max(tl.where(here, unit, float("-inf")), axis=1)
                     new = tl.maximum(old, tl.max(x, axis=1))
                     reference = tl.where(new == float("-inf"), 0.0, new)
-                    shrink = tl.exp2(old - reference)
-                    p = tl.exp2(x - reference[:, None])
+                    shrink = tl.exp(old - reference)
+                    p = tl.exp(x - reference[:, None])
                     # the head's columns of a group-wide product, so that the sums stay where they are
                     columns = (member == h) & real
                     pointers = v + tl.cast(j0, tl.int64) * v_j + (j - j0)[:, None] * v_j
@@ -128,8 +136,7 @@ def forward_kernel(
     z = tl.where(some, z, 1.0)
     head = group * GROUP + own
     there = (t < T)[:, None] & (head < HEADS)[None, :]
-    # ln 2: back from octaves
-    logs = tl.where(some, (unit + tl.log2(z)) * 0.6931471805599453, float("-inf"))
+    logs = tl.where(some, unit + tl.log(z), float("-inf"))
     tl.store(normalizer + (b * HEADS + head)[None, :] * T + t[:, None], logs, mask=there)
     result = tl.reshape(acc, (ROWS, GROUP, DIM)) * tl.where(some, 1.0 / z, 0.0)[:, :, None]
     c = tl.arange(0, DIM)
