@@ -105,7 +105,7 @@ class MHE(Attention):
     def merge(self, heads: Tensor) -> Tensor:
         e_v = own_part(self.e_v).to(heads.dtype)  # (n, d)
         weight: Tensor = self.w_o.weight
-        bias = self.w_o.bias
+        bias: Tensor | None = self.w_o.bias
         if heads.shape[0] * heads.shape[2] < self.width or not _is_plain(self.w_o):
             e_v = e_v.unsqueeze(1)
             return super().merge(heads + e_v if self.combine == "add" else torch.addcmul(heads, heads, e_v))
