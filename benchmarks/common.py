@@ -36,12 +36,29 @@ def machine() -> dict[str, Any]:
     return {"platform": platform.platform(), "processor": _processor(), "torch": torch.__version__}
 
 
-def write_results(path: Path, options: argparse.Namespace, machine: dict[str, Any], **results: Any) -> None:
+def write_results(path: Path, options: argparse.Namespace, machine: Mapping[str, Any], **results: Any) -> None:
     """A JSON file of the settings, the machine, and the results."""
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     path.write_text(
         json.dumps({"settings": settings, "machine": machine, **results}, indent=2) + "\n", encoding="utf-8"
     )
+
+
+def save(
+    options: argparse.Namespace,
+    machine: Mapping[str, Any],
+    page: Callable[[Mapping[str, Any]], str],
+    **results: Any,
+) -> None:
+    """Where ``options.out`` names a file: the JSON of `write_results`, and beside it ``page`` of it, in Markdown.
+
+    To be called after each part, so that a benchmark that is broken off leaves what it has.
+    """
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_results(options.out, options, machine, **results)
+        record = json.loads(options.out.read_text(encoding="utf-8"))
+        options.out.with_suffix(".md").write_text(page(record), encoding="utf-8")
 
 
 def interleaved(
@@ -107,6 +124,22 @@ def description(*packages: str) -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     threads = {"torch_threads": torch.get_num_threads(), "cores": os.cpu_count(), "gpu": device}
     return {"date": date.today().isoformat(), **machine(), **versions, **threads}
+
+
+def machine_sentence(machine: Mapping[str, Any]) -> str:
+    """What `description` found, in words."""
+    known = ("date", "platform", "processor", "torch_threads", "cores", "gpu")
+    versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name not in known)
+    return (
+        f"{machine['date']}; {machine['processor']}, {machine['torch_threads']} threads on {machine['cores']} cores, "
+        f"GPU: {machine['gpu']}; {versions}; {machine['platform']}."
+    )
+
+
+def spread(found: Mapping[str, Any], digits: int = 2, scale: float = 1.0) -> str:
+    """What `quartiles` found, as "median (lower to upper quartile)"."""
+    median, (low, high) = found["median"], found["quartiles"]
+    return f"{median * scale:.{digits}f} ({low * scale:.{digits}f} to {high * scale:.{digits}f})"
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

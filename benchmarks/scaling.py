@@ -3,7 +3,7 @@
     python benchmarks/scaling.py --out docs/results/scaling.json --page docs/scaling.md
 
 Nothing is run: each step is followed without numbers, as `plan` does it, and timed at an assumed rate and bandwidths.
-The rates of "small" are those that were measured on a CPU (docs/results/decoder_step_cpu.json).
+The rates of "small" are those that were measured on a CPU (docs/results/small_decoder_step_cpu.json).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mhe_lightning.planning import Experiment, Share
 from mhe_lightning.scaling import GB, Cluster, alternatives
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ROOT / "docs" / "results" / "decoder_step_cpu.json"
+MEASURED = ROOT / "docs" / "results" / "small_decoder_step_cpu.json"
 WORLD_SIZES = (8, 64, 1024)
 PEAK, MFU = 989e12, 0.4
 ATTENTIONS = ("mha", "gqa", "skv", "mqa", "el", "mhe_add", "mhe_mul", "sha")
@@ -130,8 +130,8 @@ def planned(name: str, attentions: Sequence[str] = ATTENTIONS) -> dict[str, Any]
 
 def measured_speed(attention: str) -> float:
     """Tokens per second of one process on a CPU."""
-    speeds = json.loads(MEASURED.read_text(encoding="utf-8"))["variants"]
-    speed: float = speeds[attention]["tokens_per_second"]
+    (run,) = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
+    speed: float = run["models"][attention]["tokens_per_second"]
     return speed
 
 
