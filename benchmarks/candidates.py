@@ -206,24 +206,26 @@ def make(name: str, width: int, n_heads: int) -> nn.Module:
     return MHE(width=width, n_heads=n_heads, combine="add", **form)
 
 
-def work_of(name: str, width: int, n_heads: int, run: Callable[[str], Any]) -> Work:
+def work_of(name: str, n_heads: int, x: Tensor, is_causal: bool) -> Work:
     """A candidate's work; that of "mhe_add" is the form's whose products torch counts as many of.
 
     Args:
         name: the candidate.
-        width: model width D.
         n_heads: heads n.
-        run: a forward and backward pass of a candidate.
+        x: (B, T, D).
+        is_causal: whether there is a causal mask.
     """
-    known = works(width, n_heads)
+    known = works(x.shape[-1], n_heads)
     if name in known:
         return known[name]
     if not FORMS:
         return known["mhe_add_shared_kv"]
+    x = x.detach().requires_grad_()
 
     def counted(candidate: str) -> int:
+        module = make(candidate, x.shape[-1], n_heads).to(x)
         with count_flops() as counter:
-            run(candidate)
+            module(x, is_causal=is_causal).sum().backward()
         return counter.get_total_flops()
 
     return known["mhe_add_shared_scores" if counted(name) == counted("mhe_add_shared_scores") else "mhe_add_shared_kv"]

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -146,6 +147,19 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str
     """A Markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def between_marks(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between its lines ``<!-- tables of name -->`` and ``<!-- end of name -->``.
+
+    Raises:
+        ValueError: it has no such lines.
+    """
+    begin, end = f"<!-- tables of {name} -->\n", f"<!-- end of {name} -->\n"
+    place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not place.search(page):
+        raise ValueError(f"the page has no lines {begin.strip()} and {end.strip()} to put text between")
+    return place.sub(lambda match: f"{begin}\n{text.strip()}\n\n{end}", page)
 
 
 def _wait() -> None:

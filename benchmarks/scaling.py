@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from common import between_marks
 
 from mhe_lightning.comparison.tables import Column, Table, render
 from mhe_lightning.experiment import Experiments
@@ -203,12 +204,7 @@ def with_tables(page: str, records: Mapping[str, Mapping[str, Any]]) -> str:
         ValueError: there is no place for a model's tables.
     """
     for name, record in records.items():
-        begin, end = f"<!-- tables of {name} -->\n", f"<!-- end of {name} -->\n"
-        place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if not place.search(page):
-            raise ValueError(f"the page has no lines {begin.strip()} and {end.strip()} to put tables between")
-        new = f"{begin}\n{tables(record)}\n{end}"
-        page = place.sub(lambda match, new=new: new, page)  # type: ignore[misc]
+        page = between_marks(page, name, tables(record))
     return page
 
 

@@ -192,9 +192,9 @@ def check_same_function(family: Family, options: argparse.Namespace) -> dict[str
         }
         for what, value in found.items():
             if not value <= MAX_DIFFERENCE[what]:
-                most = MAX_DIFFERENCE[what]
+                allowed = MAX_DIFFERENCE[what]
                 raise RuntimeError(
-                    f"{name}: {what} is {value:.1e} from {family.equal_to}'s, at most {most:.0e} allowed"
+                    f"{name}: {what} is {value:.1e} from {family.equal_to}'s, at most {allowed:.0e} allowed"
                 )
         differences[name] = {what: float(f"{value:.2g}") for what, value in found.items()}
     return differences

@@ -25,13 +25,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import FORMS, OURS, PEERS, Plain, available, make, work_of
+from candidates import OURS, PEERS, Plain, available, make, work_of
 from common import (
     ATTENTIONS,
     compared,
@@ -143,20 +143,17 @@ def measured_case(
     names = options.candidates
     torch.manual_seed(0)
     differences = check_same_function(names, options.width, options.heads, length, is_causal, **place)
-    modules = {name: make(name, options.width, options.heads).to(**place) for name in {*names, *_forms_of(names)}}
+    modules = {name: make(name, options.width, options.heads).to(**place) for name in names}
     x = torch.randn(rows, length, options.width, **place, requires_grad=True)
     grad = torch.randn(rows, length, options.width, **place)
 
-    def train(name: str) -> Any:
-        return trained(modules[name], x, is_causal, grad)
-
     found: dict[str, dict[str, Any]] = {name: {"difference": differences[name]} for name in names}
-    passes = {
-        "training": {name: partial(train, name) for name in names},
+    passes: dict[str, dict[str, Callable[[], Any]]] = {
+        "training": {name: partial(trained, modules[name], x, is_causal, grad) for name in names},
         "forward": {name: partial(inferred, modules[name], x, is_causal) for name in names},
     }
     for name in names:
-        work = work_of(name, options.width, options.heads, train)
+        work = work_of(name, options.heads, x, is_causal)
         found[name]["saved_bytes"] = saved_bytes(modules[name], x, is_causal)
         for kind in passes:
             flops = work.flops(rows, length, options.width, is_causal, kind == "training")
@@ -172,11 +169,6 @@ def measured_case(
         saved, reference = row["saved_bytes"], found[REFERENCE]["saved_bytes"]
         row["saved_ratio"] = {part: float(f"{saved[part] / reference[part]:.3g}") for part in saved}
     return found
-
-
-def _forms_of(names: Iterable[str]) -> list[str]:
-    """What "mhe_add" is compared with to see its form."""
-    return [f"mhe_add_{form}" for form in FORMS] if "mhe_add" in names else []
 
 
 def page(record: Mapping[str, Any]) -> str:
