@@ -192,3 +192,9 @@ def test_a_goal_without_a_file_is_not_measured(results):
 def test_a_record_of_other_sizes_shows_no_goal(results):
     record = {"settings": {"width": 64, "heads": 12, "dtype": "float32"}}
     assert "width is 64 and not 768" in results.goals({"sublayer_cpu": record})
+
+
+def test_a_record_without_a_shape_shows_no_goal(results):
+    settings = {"width": 512, "layers": 4, "heads": [8], "vocab": 30522}
+    lines = results.goals({"decode_cpu": {"settings": settings, "shapes": {}}}).splitlines()
+    assert sum("it has no '16 × (256 + 128)'" in line for line in lines) == 2
