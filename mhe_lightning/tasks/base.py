@@ -296,8 +296,15 @@ def results_of(metric: Metric) -> dict[str, Tensor]:
 
 
 def net_inputs(net: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a batch has besides tokens that the net takes: a decoder has no segments."""
-    names = ("documents", "padding") if net.causal else ("segments", "documents", "padding")
+    """What a batch has besides tokens that the net takes: a decoder has no segments.
+
+    ``real``, the places of the real tokens, is for nets that say that they ``unpads``.
+    """
+    names = ["documents", "padding"]
+    if not net.causal:
+        names.append("segments")
+    if getattr(net, "unpads", False):
+        names.append("real")
     return {name: batch[name] for name in names if name in batch}
 
 
