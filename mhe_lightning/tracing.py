@@ -149,8 +149,6 @@ class Step:
 
             def loss() -> Tensor:
                 with nullcontext() if self.autocast is None else torch.autocast("cpu", dtype=self.autocast):
-                    if "example" in batch:  # which candidates belong together is a matter of numbers, and costs nothing
-                        return task(batch).sum()
                     return task.training_step(batch, 0)  # type: ignore[return-value]
 
             try:

@@ -197,9 +197,15 @@ class ExactDataModule(LightningDataModule):
             collate_fn=collator.collate,
             num_workers=self.num_workers,
             worker_init_fn=heed_parent_only,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pins,
             persistent_workers=self.num_workers > 0,
         )
+
+    @property
+    def _pins(self) -> bool:
+        """Whether batches lie where a GPU can fetch them from while the host goes on, as Lightning lets it."""
+        trainer = self.trainer
+        return torch.cuda.is_available() and trainer is not None and trainer.strategy.root_device.type == "cuda"
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Among the ranks that see different data (tensor-parallel ranks share theirs)."""
