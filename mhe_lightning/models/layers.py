@@ -134,8 +134,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """The block's first half, its self-attention."""
         normed = self.norm_1(x) if self.norm_first else x
-        attended = self.attention(normed, mask=mask, is_causal=is_causal, cache=cache, unpadded=unpadded)
-        x = x + self.dropout(attended)
+        places = {} if unpadded is None else {"unpadded": unpadded}  # an attention of a user's own may not know of it
+        x = x + self.dropout(self.attention(normed, mask=mask, is_causal=is_causal, cache=cache, **places))
         if kept is not None:
             x = x.flatten(0, -2)[kept]
         return x if self.norm_first else self.norm_1(x)

@@ -191,8 +191,9 @@ class TrainCLI(ExperimentCLI):
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             kwargs["enable_progress_bar"] = False  # plain lines instead
         elif options.enable_progress_bar is not False:
-            # the default bar shows "Epoch 0/-2" for training that ends at a step
-            kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar()]
+            # the default bar shows "Epoch 0/-2" for training that ends at a step; to show a loss, a GPU is waited for
+            refresh_rate = (options.log_every_n_steps or 50) if torch.cuda.is_available() else 1
+            kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar(refresh_rate)]
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=logger, **kwargs)
         if self.subcommand == "fit":
             take_over(trainer)
