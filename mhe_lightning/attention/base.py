@@ -166,8 +166,8 @@ class Attention(nn.Module):
         q = self.query(queries)
         if unpadded is None:
             return self.merge(self._attend(q, stored[0], stored[-1], mask, is_causal))
-        q, *stored = (unpadded.spread_heads(rows) for rows in (q, *stored))
-        heads = self._attend(q, stored[0], stored[-1], mask, is_causal)
+        q, *keys_values = (unpadded.spread_heads(rows) for rows in (q, *stored))
+        heads = self._attend(q, keys_values[0], keys_values[-1], mask, is_causal)
         return self.merge(unpadded.gather_heads(heads))[0]
 
     @torch.no_grad()

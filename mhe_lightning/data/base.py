@@ -132,6 +132,10 @@ class ExactDataModule(LightningDataModule):
         """
         raise ValueError(f"{type(self).__name__} must define largest_batch(world_size) to be planned")
 
+    def largest_row(self) -> Batch:
+        """As `largest_batch`, of as few rows as can be."""
+        return self.largest_batch(self.batch_size)
+
     def submission(self, predictions: list[dict[str, Any]]) -> dict[str, str]:
         """Files that the data set's benchmark asks for, by name, from all rows that `predict` gave."""
         return {}

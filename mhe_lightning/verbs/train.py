@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from mhe_lightning import run
@@ -51,6 +52,7 @@ from mhe_lightning.parsing import as_user_error, data_module
 from mhe_lightning.pretrained import load_pretrained, take_tokenizer
 from mhe_lightning.signals import END_SIGNALS, requeue, take_over
 from mhe_lightning.strategies import Sharded
+from mhe_lightning.tracing import forward_flops_per_token
 
 
 def main(verb: str, args: list[str]) -> None:
@@ -198,7 +200,7 @@ class TrainCLI(ExperimentCLI):
         if self.subcommand == "fit":
             take_over(trainer)
         seed = int(self.config[self.subcommand].seed_everything)
-        throughput = Throughput()
+        throughput = Throughput(self._training_flops_per_token() if self.subcommand == "fit" else None)
         observers = [self.config_init[self.subcommand][name] for name in run.OBSERVING]
         for observer in observers:  # they go before those that write what they log
             trainer.callbacks.remove(observer)  # type: ignore[attr-defined]
@@ -211,6 +213,16 @@ class TrainCLI(ExperimentCLI):
         # Checkpoints, which Lightning keeps last, must see what the others did with a batch
         trainer.callbacks[:0] = added  # type: ignore[attr-defined]
         return trainer
+
+    def _training_flops_per_token(self) -> float | None:
+        """Three times the forward pass's over a whole row, as `plan` counts them; None where they cannot be counted."""
+        if not isinstance(self.datamodule, ExactDataModule):
+            return None
+        try:
+            return 3 * forward_flops_per_token(self.model, self.datamodule.largest_row())
+        except ValueError as error:  # a task or data of the user's own
+            rank_zero_info(f"no mfu: {error}")
+            return None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

@@ -187,7 +187,6 @@ def test_a_step_on_a_gpu_does_not_synchronise(case, tmp_path):
 
 @pytest.mark.parametrize("wait", ["item", "tolist", "nonzero", "mask", "copy"])
 def test_what_would_wait_is_noticed(wait, tmp_path, monkeypatch):
-    task, batch = CASES["language modelling"]()
     step = LanguageModeling.training_step
 
     def waiting(self, batch, batch_idx):
