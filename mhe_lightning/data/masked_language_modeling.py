@@ -115,7 +115,7 @@ class MaskedLanguageModelingData(CorpusData):
 
 
 def _masked(targets: Tensor) -> Tensor:
-    """Where something is predicted, (M,): found on the host, since one waits for a device to learn how many it found."""
+    """Where something is predicted, (M,): found on the host, for how many a device finds would be waited for."""
     return (targets.flatten() != IGNORE).nonzero().flatten()
 
 

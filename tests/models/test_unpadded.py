@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from mhe_lightning.attention import GQA, MHA, MHE, MQA, SHA, SKV, ELAttention
 from mhe_lightning.attention.unpadded import Unpadded
+from mhe_lightning.distributed import MeshSizes, new_mesh, parallelize
 from mhe_lightning.models import Encoder
 from mhe_lightning.models.encoder import UNPAD_FROM
+from processes import group
 
 ATTENTIONS = {
     "mha": MHA,
@@ -138,3 +141,20 @@ def test_attention_without_padding_needs_a_mask_and_no_context():
         attention(rows, context=rows[None], mask=PADDING[:, None, None], unpadded=places)
     with pytest.raises(ValueError, match=r"x has shape \(1, 25, 16\); with unpadded it must be \(M, D\)"):
         attention(rows[None], mask=PADDING[:, None, None], unpadded=places)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sizes", [MeshSizes(1, 2, 1), MeshSizes(1, 1, 2)], ids=["sharded", "tensor parallel"])
+def test_processes_that_share_a_model_take_real_tokens_alone(sizes):
+    expected, gradients = hidden_and_gradients(encoder(MHE), **batch())
+    for hidden, gradient in group(_shared, 2, sizes):
+        torch.testing.assert_close(torch.from_numpy(hidden)[PADDING], expected[PADDING], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(torch.from_numpy(gradient), gradients[0], rtol=1e-11, atol=1e-11)
+
+
+def _shared(sizes: MeshSizes) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states, and the whole gradient of the token embeddings."""
+    net = encoder(MHE)
+    parallelize(net, new_mesh("cpu", sizes))
+    hidden, gradients = hidden_and_gradients(net, **batch(), real=REAL)
+    return hidden.numpy(), gradients[0].full_tensor().numpy()
