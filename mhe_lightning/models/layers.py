@@ -327,6 +327,7 @@ DEAR = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.mhe_lightning.shared_score_attention.default,
     torch.ops._c10d_functional.all_reduce.default,  # of tensor parallelism
 )
 """Operators whose results selective checkpointing keeps."""
