@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mhe_lightning.attention.cache import KVCache, StaticKVCache, causal_keys
 from mhe_lightning.attention.folding import GroupedQuery
 from mhe_lightning.attention.tensor_parallel import share, split_rows
+from mhe_lightning.attention.unpadded import Unpadded
 
 
 class Attention(nn.Module):
@@ -115,11 +116,12 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
         cache: KVCache | None = None,
+        unpadded: Unpadded | None = None,
     ) -> Tensor:
         """Attend from ``x`` to ``context`` (to ``x`` itself without one).
 
         Args:
-            x: (B, T, D), the queries' side.
+            x: (B, T, D), the queries' side; (M, D) with ``unpadded``.
             context: (B, S, D), the keys' side, for cross-attention.
             mask: boolean, True = may attend, broadcastable to (B, n, T, S). Key padding (B, S) is passed as
                 ``padding[:, None, None, :]``. A query that may attend to nothing gets zero from every head.
@@ -128,16 +130,21 @@ class Attention(nn.Module):
                 length after that; in cross-attention the context's are computed at the first call and kept.
                 With a `StaticKVCache` S is its ``max_length`` in every call, and without ``is_causal`` the mask alone
                 says which keys are seen: it has to hide those that are not written yet (`StaticKVCache.visible`).
+            unpadded: where the rows of ``x`` are in (B, T), if it holds real tokens alone; in self-attention without a
+                cache. The mask has to hide the padding's keys.
 
         Returns:
-            (B, T, D).
+            (B, T, D); (M, D) with ``unpadded``.
 
         Raises:
             ValueError: a shape or dtype does not fit, or the cache is full, or it is static and used with a context,
-                or with neither mask nor causality.
+                or with neither mask nor causality, or ``unpadded`` is used with a context, a cache or no mask.
         """
+        if unpadded is not None:
+            _check_unpadded(x, context, mask, cache)
+            x = x[None]  # as one sequence: a token's projections are its own affair
         self._check_inputs(x, context)
-        T = x.shape[1]
+        B, T = x.shape[:2] if unpadded is None else (unpadded.batch, unpadded.length)
         past: int | Tensor = 0
         if isinstance(cache, StaticKVCache):
             _check_static(context, mask, is_causal)
@@ -153,10 +160,14 @@ class Attention(nn.Module):
                     f"mask has shape {tuple(mask.shape)}, one for each head; heads that are divided among "
                     f"{self.mesh.size()} processes take one mask for all"
                 )
-            mask = as_4d(mask, (x.shape[0], self.n_heads, T, S))
+            mask = as_4d(mask, (B, self.n_heads, T, S))
         queries, x, context = self._inputs(x, context)
         q, stored = self._projected(queries, x, context, cache)
-        return self.merge(self._attend(q, stored[0], stored[-1], mask, is_causal, past))
+        if unpadded is None:
+            return self.merge(self._attend(q, stored[0], stored[-1], mask, is_causal, past))
+        q, *keys_values = (unpadded.spread_heads(rows) for rows in (q, *stored))
+        heads = self._attend(q, keys_values[0], keys_values[-1], mask, is_causal, past)
+        return self.merge(unpadded.gather_heads(heads))[0]
 
     @torch.no_grad()
     def weights(
@@ -308,6 +319,17 @@ def as_4d(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
             "key padding (B, S) is passed as padding[:, None, None, :]"
         )
     return mask[(None,) * (4 - mask.ndim)]
+
+
+def _check_unpadded(x: Tensor, context: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> None:
+    """Raise ``ValueError`` where a batch without padding cannot be attended to."""
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; with unpadded it must be (M, D), the real tokens alone")
+    if context is not None or cache is not None or mask is None:
+        raise ValueError(
+            "unpadded is for self-attention without a cache, with a mask that hides the padding's keys; pad the batch "
+            "otherwise"
+        )
 
 
 def _check_static(context: Tensor | None, mask: Tensor | None, is_causal: bool) -> None:
