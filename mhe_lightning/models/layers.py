@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from mhe_lightning.attention import Attention, AttentionFactory, KVCache
 from mhe_lightning.attention.tensor_parallel import share, split_columns, split_rows
+from mhe_lightning.attention.unpadded import Unpadded
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Recompute = bool | Literal["selective"]
@@ -113,12 +114,14 @@ class Block(nn.Module):
         is_causal: bool = False,
         cache: KVCache | None = None,
         kept: Tensor | None = None,
+        unpadded: Unpadded | None = None,
     ) -> Tensor:
-        """(B, T, D) → (B, T, D), or (M, D) at the positions ``kept`` (M,), which count along the flattened (B, T).
+        """(B, T, D) → (B, T, D), or (K, D) at the positions ``kept`` (K,), which count along the flattened (B, T).
 
-        Nothing after the attention mixes positions, so those that are not kept need not be computed.
+        Nothing after the attention mixes positions, so those that are not kept need not be computed. With ``unpadded``
+        ``x`` is (M, D), the real tokens alone, and ``kept`` counts along these.
         """
-        return self.feed(self.attend(x, mask, is_causal, cache, kept))
+        return self.feed(self.attend(x, mask, is_causal, cache, kept, unpadded))
 
     def attend(
         self,
@@ -127,12 +130,14 @@ class Block(nn.Module):
         is_causal: bool = False,
         cache: KVCache | None = None,
         kept: Tensor | None = None,
+        unpadded: Unpadded | None = None,
     ) -> Tensor:
         """The block's first half, its self-attention."""
         normed = self.norm_1(x) if self.norm_first else x
-        x = x + self.dropout(self.attention(normed, mask=mask, is_causal=is_causal, cache=cache))
+        places = {} if unpadded is None else {"unpadded": unpadded}  # an attention of a user's own may not know of it
+        x = x + self.dropout(self.attention(normed, mask=mask, is_causal=is_causal, cache=cache, **places))
         if kept is not None:
-            x = x.flatten(0, 1)[kept]
+            x = x.flatten(0, -2)[kept]
         return x if self.norm_first else self.norm_1(x)
 
     def feed(self, x: Tensor) -> Tensor:
@@ -283,14 +288,17 @@ def run_blocks(
     is_causal: bool,
     caches: Sequence[KVCache] | None = None,
     kept: Tensor | None = None,
+    unpadded: Unpadded | None = None,
     recompute: Recompute = False,
 ) -> Tensor:
     """``x`` (B, T, D) through ``blocks``, each as `run_block` runs it.
 
-    With ``kept`` (M,), positions along the flattened (B, T), the result is (M, D) at these positions.
+    With ``kept`` (K,), positions along the flattened (B, T), the result is (K, D) at these positions. With ``unpadded``
+    ``x`` is (M, D), the real tokens alone, and ``kept`` counts along these.
     """
     for i, block in enumerate(blocks):
-        arguments = (x, mask, is_causal, caches[i] if caches else None, kept if i == len(blocks) - 1 else None)
+        own_kept = kept if i == len(blocks) - 1 else None
+        arguments = (x, mask, is_causal, caches[i] if caches else None, own_kept, unpadded)
         x = run_block(block, *arguments, recompute=recompute)
     return x
 
@@ -319,6 +327,7 @@ DEAR = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.mhe_lightning.shared_score_attention.default,
     torch.ops._c10d_functional.all_reduce.default,  # of tensor parallelism
 )
 """Operators whose results selective checkpointing keeps."""

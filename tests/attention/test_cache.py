@@ -102,8 +102,8 @@ def test_cross_attention_computes_keys_and_values_once(module, x):
 
 
 def test_self_attention_computes_keys_and_values_of_new_tokens_only(module, x):
-    lengths, key_value = [], module.key_value
-    module.key_value = lambda c: lengths.append(c.shape[1]) or key_value(c)
+    lengths, project = [], module._project
+    module._project = lambda x, c: lengths.append(c.shape[1]) or project(x, c)
     decode(module, x, [4, 1, 6], KVCache(T))
     assert lengths == [4, 1, 6]
 
