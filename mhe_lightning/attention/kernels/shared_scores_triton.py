@@ -136,6 +136,24 @@ def _weigh(k: Tensor, v: Tensor, e_q: Tensor, scale: float, tiles: Tiles) -> _We
     return weighed
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; on a GPU shared scores need one of "
+            "float32, bfloat16 and float16 for all: convert them, or compute by shared keys and values"
+        )
+    if q.shape[-1] > 128:
+        raise ValueError(
+            f"head dimension {q.shape[-1]} is more than 128, the most that shared scores take on a GPU; compute by "
+            "shared keys and values"
+        )
+
+
+def _by_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The kernels take any strides, but over the last dimension."""
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+
+
 def _mask_arguments(mask: Tensor | None, q: Tensor) -> tuple[Tensor, int, int, int]:
     """The mask as bytes with its strides over batch, queries and keys: 0 where it broadcasts."""
     if mask is None:
@@ -150,10 +168,10 @@ def forward(
     """Every head's attention over shared keys and values.
 
     Args:
-        q: shared queries (B, T, d), float32, bfloat16 or float16; of q, k, v and e_q the last dimension is contiguous.
-        k: shared keys (B, S, d).
+        q: shared queries (B, T, d), float32, bfloat16 or float16.
+        k: shared keys (B, S, d), as v of the dtype of q.
         v: shared values (B, S, d).
-        e_q: head embeddings (n, d), added to the queries.
+        e_q: head embeddings (n, d), added to the queries; of any of the dtypes.
         mask: boolean, broadcastable to (B, 1, T, S), True = may attend; it is read through its strides.
         is_causal: whether query t sees keys 0 to t only.
         scale: factor of the scores.
@@ -161,8 +179,13 @@ def forward(
     Returns:
         The heads (B, T, n, d), contiguous, zero in a row without a visible key; and the normalizer (B, n, T) in
         float32, the logarithm of the sum of exponentials over visible keys, -inf in such a row.
+
+    Raises:
+        ValueError: a dtype or a head dimension that the kernels have not.
     """
     (B, T, d), S, n = q.shape, k.shape[1], e_q.shape[0]
+    _check(q, k, v)
+    q, k, v, e_q = _by_rows(q, k, v, e_q)
     tiles = _tiles(q, e_q)
     weighed = _weigh(k, v, e_q, scale, tiles)
     heads = q.new_empty(B, T, n, d)
@@ -195,11 +218,14 @@ def backward(
     Args:
         grad_heads: gradient of the heads (B, T, n, d).
         heads: what ``forward`` gave, as ``normalizer``; the others are its arguments.
+
+    Returns:
+        The gradients of q, k, v and e_q, each with the strides that ``torch.empty_like`` gives it.
     """
     (B, T, d), S, n = q.shape, k.shape[1], e_q.shape[0]
+    results = tuple(torch.empty_like(x) for x in (q, k, v, e_q))
+    grad_heads, q, k, v, e_q = _by_rows(grad_heads, q, k, v, e_q)
     tiles = _tiles(q, e_q)
-    if grad_heads.stride(-1) != 1:
-        grad_heads = grad_heads.contiguous()
     weighed = _weigh(k, v, e_q, scale, tiles)
     groups = triton.cdiv(n, tiles.group)
     scaled = q.new_empty(B, T, n, d)
@@ -258,4 +284,6 @@ def backward(
         )  # fmt: skip
     dk = scale * (dk + dr.transpose(1, 2) @ e_q.float())
     de = scale * torch.einsum("bnj,bjd->nd", dr, k.float())
-    return dq, dk.to(k.dtype), dv.sum(1).to(v.dtype), de.to(e_q.dtype)
+    for result, found in zip(results, (dq, dk, dv.sum(1), de), strict=True):
+        result.copy_(found)
+    return results  # type: ignore[return-value]

@@ -229,9 +229,10 @@ def test_rows_that_see_nothing_are_zero():
     check(p)
 
 
-def test_inputs_of_any_strides_over_batch_and_tokens():
+def test_inputs_of_any_strides():
     joint = torch.randn(40, 2, 3 * 32, device=DEVICE).transpose(0, 1)
     q, k, v = joint.split(32, dim=-1)
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
     e = torch.randn(3, 64, device=DEVICE)[:, :32]
     grad = torch.randn(2, 3, 40, 32, device=DEVICE).transpose(1, 2)
     check(Problem(q, k, v, e, grad, is_causal=True))
@@ -300,6 +301,13 @@ def test_gradients_are_bitwise_the_same_in_parts(monkeypatch):
     _, _, parts = run(p)
     for name, x, y in zip(NAMES[1:], whole, parts, strict=True):
         assert torch.equal(x, y), name
+
+
+def test_a_dtype_or_head_dimension_that_the_kernels_have_not_is_refused():
+    with pytest.raises(ValueError, match="float64"):
+        run(problem(torch.float64))
+    with pytest.raises(ValueError, match="160 is more than 128"):
+        run(problem(d=160))
 
 
 @pytest.mark.slow
