@@ -108,7 +108,7 @@ def literal(p: Problem) -> Exact:
 
 def flash(p: Problem) -> tuple[Tensor, ...]:
     """Heads and gradients by ``scaled_dot_product_attention``'s flash form on the CPU, in the inputs' dtype."""
-    q, k, v, e = leaves = tuple(x.detach().cpu().requires_grad_() for x in p.inputs)
+    q, k, v, e = leaves = tuple(x.detach().cpu().contiguous().requires_grad_() for x in p.inputs)
     allowed = p.allowed().cpu()
     sees = allowed.any(-1, keepdim=True)  # it has no answer for a row that sees nothing
     n = e.shape[0]
