@@ -79,11 +79,11 @@ class Chunk:
     def hide(self, scores: Tensor, queries: slice, keys: slice) -> Tensor:
         """-∞ in place of scores (B, …, queries, keys) of keys that a query may not see."""
         if self.is_causal and keys.stop > queries.start:
-            first = max(queries.start, keys.start)  # keys before it are seen by all
-            later = torch.ones(
-                queries.stop - queries.start, keys.stop - first, dtype=torch.bool, device=scores.device
-            ).triu(1 + queries.start - first)
-            scores[..., first - keys.start :].masked_fill_(later, -math.inf)
+            s = slice(max(queries.start, keys.start), keys.stop)  # keys before are seen by all these queries
+            t = slice(queries.start, min(queries.stop, keys.stop))  # queries after see all these keys
+            later = torch.ones(t.stop - t.start, s.stop - s.start, dtype=torch.bool, device=scores.device)
+            later = later.triu_(1 + t.start - s.start)
+            scores[..., : t.stop - t.start, s.start - keys.start :].masked_fill_(later, -math.inf)
         if self.mask is not None:
             t = slice(None) if self.mask.shape[1] == 1 else queries
             s = slice(None) if self.mask.shape[2] == 1 else keys
