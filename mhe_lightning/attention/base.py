@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.cache import KVCache, StaticKVCache, causal_keys
 from mhe_lightning.attention.folding import GroupedQuery
+from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import share, split_rows
 
 
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         self.n_heads = n_heads
         self.head_dim = width // n_heads
         self.dropout = dropout
-        self.w_o = nn.Linear(width, width, bias=bias)
+        self.w_o = Linear(width, width, bias=bias)
         self.mesh: DeviceMesh | None = None
 
     def query(self, x: Tensor) -> Tensor:
@@ -115,6 +116,7 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
         cache: KVCache | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Attend from ``x`` to ``context`` (to ``x`` itself without one).
 
@@ -128,24 +130,32 @@ class Attention(nn.Module):
                 length after that; in cross-attention the context's are computed at the first call and kept.
                 With a `StaticKVCache` S is its ``max_length`` in every call, and without ``is_causal`` the mask alone
                 says which keys are seen: it has to hide those that are not written yet (`StaticKVCache.visible`).
+            last: only the last so many positions of ``x`` ask, all if not given; of a mask with T rows theirs are
+                taken. Keys and values are still those of all.
 
         Returns:
-            (B, T, D).
+            (B, T, D), or (B, ``last``, D).
 
         Raises:
             ValueError: a shape or dtype does not fit, or the cache is full, or it is static and used with a context,
                 or with neither mask nor causality.
         """
         self._check_inputs(x, context)
-        T = x.shape[1]
+        T = x.shape[1] if last is None else last
+        if not 1 <= T <= x.shape[1]:
+            raise ValueError(f"last ({last}) must be from 1 to the {x.shape[1]} positions of x")
+        before = x.shape[1] - T  # positions that do not ask
         if isinstance(cache, StaticKVCache):
             _check_static(context, mask, is_causal)
-            past: int | Tensor = cache.position
+            past: int | Tensor = cache.position + before if before else cache.position
             S, hidden = cache.max_length, True
         else:
             past = cache.length if cache is not None and context is None else 0
-            S = past + T if context is None else context.shape[1]
+            S = past + x.shape[1] if context is None else context.shape[1]
+            past += before
             hidden = bool(past) or mask is not None
+        if before and mask is not None and mask.ndim > 1 and mask.shape[-2] == x.shape[1]:
+            mask = mask[..., before:, :]
         if hidden:  # else SDPA's own causality, which needs no mask in memory
             if self.mesh is not None and mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
                 raise ValueError(
@@ -157,7 +167,7 @@ class Attention(nn.Module):
         queries, x, context = self._inputs(x, context)
         stored = self._stored_key_value(x, context, cache)
         k, v = stored[0], stored[-1]
-        return self.merge(self._attend(self.query(queries), k, v, mask, is_causal))
+        return self.merge(self._attend(self.query(queries[:, before:]), k, v, mask, is_causal))
 
     @torch.no_grad()
     def weights(
@@ -216,6 +226,13 @@ class Attention(nn.Module):
         """Heads' outputs (B, n, T, d); scores are scaled by 1/√d."""
         if mask is not None and mask.ndim == 4 and mask.shape[1] > q.shape[1]:
             q = q.expand(-1, mask.shape[1], -1, -1)  # a mask per head makes different heads of one shared query
+        # SDPA has no fast form for what `few_rows` leaves with strides
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        alike = not is_causal and (mask is None or mask.shape[1:3] == (1, 1))
+        if alike and k.shape[1] < q.shape[1] and not torch.is_grad_enabled():
+            # heads that share keys and values are further queries to them, which are then read once for all
+            queries = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # (B, g, (n / g)·T, d)
+            return self._attend(queries, k, v, mask, False).reshape(q.shape)
         return F.scaled_dot_product_attention(
             q,
             k,
