@@ -4,21 +4,23 @@
     python benchmarks/decode.py --threads 2 --peers --attention mha mhe_add mqa --heads 1 2 4 8 16 32 --shapes 16x256x64
     python benchmarks/decode.py --threads 1 --clock cpu --peers --ways growing static text --ragged --shapes 4x64x128
 
-Each of ``--shapes``, ``BxPxN``, is B prompts of P tokens that are continued by N tokens each; nothing ends earlier. Nets
-have random weights, in float32, without dropout. Candidates are `generate` with each of ``--attention``, and the peers:
-``GPT2LMHeadModel`` and ``GPTBigCodeForCausalLM`` (multi-query) of transformers with their caches, and x-transformers with
-one head of keys and values and its cache. MHA has GPT-2's weights and must give its tokens; where rounding decides between
-two nearly equal logits it may not, so at the first token of a row that differs their distance must be below ``TIE``.
+Each of ``--shapes``, ``BxPxN``, is B prompts of P tokens that are continued by N tokens each; nothing ends earlier.
+Nets have random weights, in float32, without dropout. Candidates are `generate` with each of ``--attention``, and the
+peers: ``GPT2LMHeadModel`` and ``GPTBigCodeForCausalLM`` (multi-query) of transformers with their caches, and
+x-transformers with one head of keys and values and its cache. MHA has GPT-2's weights and must give its tokens; where
+rounding decides between two nearly equal logits it may not: at the first token of a row that differs, their distance
+must be below ``TIE``, and how many rows differ is reported, as it is of static caches.
 
-Each round times every candidate, one after another; medians and quartiles over the rounds are reported, those of a ratio
-over the ratios of each round. Beside the ratio of times stands that of the bytes that a step has to read at the least:
-all weights, and the keys and values of half of the new tokens and of the prompts. ``first`` and ``later`` are the seconds
-until the first tokens are there, which is reading the prompts, and those of each step after it; of ours alone.
+Each round times every candidate, one after another; medians and quartiles over the rounds are reported, those of a
+ratio over the ratios of each round. Beside the ratio of times stands that of the bytes that a step has to read at the
+least: all weights, and the keys and values of half of the new tokens and of the prompts. ``first`` and ``later`` are the
+seconds until the first tokens are there, which is reading the prompts, and those of each step after it; of ours alone.
 
-``--ways``: ``growing`` and ``static`` are `generate` with KV caches of either kind, ``text`` is `stream_text` over growing
-ones, whose tokens are decoded one by one. With ``--ragged`` prompts have from a quarter of P to P tokens, padded on the
-left. On a GPU static caches are replayed as a CUDA graph, whose capture is a part of what is timed. With ``--clock cpu``
-the process's own seconds are taken, which others on the machine disturb less: of one thread, and not of a GPU.
+``--ways``: ``growing`` and ``static`` are `generate` with KV caches of either kind, ``text`` is `stream_text` over
+growing ones, whose tokens are decoded one by one. With ``--ragged`` prompts have from a quarter of P to P tokens, padded
+on the left. On a GPU static caches are replayed as a CUDA graph, whose capture is a part of what is timed. With
+``--clock cpu`` the process's own seconds are taken, which others on the machine disturb less: of one thread, and not of
+a GPU.
 """
 
 from __future__ import annotations
@@ -77,6 +79,7 @@ class Candidate:
         cached: numbers that one layer's cache holds for a token.
         first: seconds until the first tokens, of each run, where they are measured.
         later: seconds of each later step.
+        found: the new tokens of the latest run.
     """
 
     net: nn.Module
@@ -84,6 +87,10 @@ class Candidate:
     cached: int
     first: list[float] = field(default_factory=list)
     later: list[float] = field(default_factory=list)
+    found: Any = None
+
+    def __call__(self) -> None:
+        self.found = self.run()
 
     def step_bytes(self, shape: Shape, layers: int) -> int:
         """What a step halfway through the new tokens reads of weights and caches, float32."""
@@ -209,12 +216,23 @@ def check_same(net: Decoder, prompts: Tensor, own: Tensor, theirs: Tensor) -> in
     differing = (own != theirs).any(1).nonzero().flatten().tolist()
     for row in differing:
         place = int((own[row] != theirs[row]).int().argmax())
-        before = torch.cat([prompts[row], own[row, :place].to(prompts.device)])[None]
-        logits = net.logits(net(before, last=1))[0, 0]
+        before = torch.cat([prompts[row], own[row, :place]])[None]
+        logits = net.logits(net(before.to(net.head.weight.device), last=1))[0, 0]
         distance = float(logits[own[row, place]] - logits[theirs[row, place]])
         if abs(distance) > TIE:
             raise RuntimeError(f"row {row} differs from GPT-2's at new token {place} by {distance} in the logits")
     return len(differing)
+
+
+def differing(name: str, candidates: dict[str, Candidate], prompts: list[list[int]]) -> dict[str, int]:
+    """How many rows differ from those of GPT-2, or of growing caches, where they should not but for rounding."""
+    own, growing = candidates[name], candidates.get(name.replace("static", "growing"))
+    if name == "mha" and "gpt2" in candidates:
+        theirs = candidates["gpt2"].found.cpu()
+        return {"rows_unlike_gpt2": check_same(own.net, torch.tensor(prompts), own.found, theirs)}
+    if "static" in name and growing is not None:
+        return {"rows_unlike_growing": int((own.found != growing.found).any(1).sum())}
+    return {}
 
 
 def candidates_of(shape: Shape, prompts: list[list[int]], options: argparse.Namespace) -> dict[str, Candidate]:
@@ -248,18 +266,7 @@ def measured(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     if "text" in options.ways:
         prompts = [options.ids[row * length : (row + 1) * length] for row, length in enumerate(lengths)]
     candidates = candidates_of(shape, prompts, options)
-    if "gpt2" in candidates and "mha" in candidates and len(options.heads) == 1:
-        own, theirs = candidates["mha"], candidates["gpt2"]
-        differing = check_same(own.net, torch.tensor(prompts, device=options.device), own.run(), theirs.run().cpu())
-        print(f"{shape}: MHA with GPT-2's weights: {shape.rows - differing} of {shape.rows} rows are the same")
-    for candidate in candidates.values():
-        candidate.first.clear()
-        candidate.later.clear()
-    seconds = interleaved(
-        {name: candidate.run for name, candidate in candidates.items()},
-        rounds=options.rounds,
-        clock=CLOCKS[options.clock],
-    )
+    seconds = interleaved(candidates, rounds=options.rounds, clock=CLOCKS[options.clock])
     reference = options.reference or next(iter(candidates))
     rows = compared(seconds, reference)
     read = {name: candidate.step_bytes(shape, options.layers) for name, candidate in candidates.items()}
@@ -268,6 +275,7 @@ def measured(shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
             cached_numbers_per_token=candidate.cached * options.layers,
             bytes_per_step=read[name],
             bytes_ratio=round(read[reference] / read[name], 3),
+            **differing(name, candidates, prompts),
             **{
                 part: quartiles(getattr(candidate, part)[-options.rounds :])
                 for part in ("first", "later")
@@ -296,7 +304,13 @@ def table(shape: Shape, found: dict[str, Any]) -> str:
                 "" if later is None else f"{1e3 * later:.3g}",
             ]
         )
-    return f"{shape}\n\n{markdown_table(head, lines)}"
+    unlike = [
+        f"{name}: {count} of {shape.rows} {key.replace('_', ' ')}\n"
+        for name, row in found["candidates"].items()
+        for key, count in row.items()
+        if key.startswith("rows_unlike")
+    ]
+    return f"{shape}\n\n{markdown_table(head, lines)}\n{''.join(unlike)}"
 
 
 def main() -> None:

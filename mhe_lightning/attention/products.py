@@ -48,14 +48,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def few_rows(x: Tensor, weight: Tensor) -> bool:
     """Whether a product is one of few rows by a large enough weight, on a CPU, in float32 or float64, with nothing that
     has to know it as a linear layer: gradients, autocast, and what compiles or exports."""
-    if torch.is_grad_enabled() or not x.is_cpu or weight.shape[0] < FEWEST_OUTPUTS:
-        return False
+    if torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False  # before a size is looked at, which would become a part of what is exported
     rows = x.numel() // x.shape[-1]
     return (
         1 < rows <= MOST_ROWS
+        and weight.shape[0] >= FEWEST_OUTPUTS
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
