@@ -13,11 +13,11 @@ must be below ``TIE``, and how many rows differ is reported, as it is of static 
 
 Each round times every candidate, one after another; medians and quartiles over the rounds are reported, those of a
 ratio over the ratios of each round. Beside the ratio of times stands that of the bytes that a step has to read at the
-least: all weights, and the keys and values of half of the new tokens and of the prompts. ``first`` and ``later`` are the
-seconds until the first tokens are there, which is reading the prompts, and those of each step after it; of ours alone.
+least: all weights, and the keys and values of half of the new tokens and of the prompts. ``first`` and ``later`` are
+the seconds until the first tokens are there, which is reading the prompts, and those of each step after it; of ours alone.
 
 ``--ways``: ``growing`` and ``static`` are `generate` with KV caches of either kind, ``text`` is `stream_text` over
-growing ones, whose tokens are decoded one by one. With ``--ragged`` prompts have from a quarter of P to P tokens, padded
+growing ones, whose tokens are decoded one by one. With ``--ragged`` prompts have a quarter of P to P tokens, padded
 on the left. On a GPU static caches are replayed as a CUDA graph, whose capture is a part of what is timed. With
 ``--clock cpu`` the process's own seconds are taken, which others on the machine disturb less: of one thread, and not of
 a GPU.
