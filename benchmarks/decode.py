@@ -14,7 +14,7 @@ must be below ``TIE``, and how many rows differ is reported, as it is of static 
 Each round times every candidate, one after another; medians and quartiles over the rounds are reported, those of a
 ratio over the ratios of each round. Beside the ratio of times stands that of the bytes that a step has to read at the
 least: all weights, and the keys and values of half of the new tokens and of the prompts. ``first`` and ``later`` are
-the seconds until the first tokens are there, which is reading the prompts, and those of each step after it; of ours alone.
+the seconds until the first tokens are there, which is reading the prompts, and those of each later step; of ours alone.
 
 ``--ways``: ``growing`` and ``static`` are `generate` with KV caches of either kind, ``text`` is `stream_text` over
 growing ones, whose tokens are decoded one by one. With ``--ragged`` prompts have a quarter of P to P tokens, padded
@@ -228,6 +228,7 @@ def differing(name: str, candidates: dict[str, Candidate], prompts: list[list[in
     """How many rows differ from those of GPT-2, or of growing caches, where they should not but for rounding."""
     own, growing = candidates[name], candidates.get(name.replace("static", "growing"))
     if name == "mha" and "gpt2" in candidates:
+        assert isinstance(own.net, Decoder)
         theirs = candidates["gpt2"].found.cpu()
         return {"rows_unlike_gpt2": check_same(own.net, torch.tensor(prompts), own.found, theirs)}
     if "static" in name and growing is not None:
