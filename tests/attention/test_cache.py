@@ -134,8 +134,8 @@ def test_more_or_fewer_last_positions_than_there_are_are_refused(module, x, last
 
 
 def test_self_attention_computes_keys_and_values_of_new_tokens_only(module, x):
-    lengths, key_value = [], module.key_value
-    module.key_value = lambda c: lengths.append(c.shape[1]) or key_value(c)
+    lengths, project = [], module._project
+    module._project = lambda x, c: lengths.append(c.shape[1]) or project(x, c)
     decode(module, x, [4, 1, 6], KVCache(T))
     assert lengths == [4, 1, 6]
 
