@@ -70,7 +70,7 @@ def shared_score_attention(
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, e_q: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Heads (B, T, n, d), and (B, T, n + 1) numbers for the backward pass, whose meaning is the kernel's own affair."""
+    """Heads (B, T, n, d), and B·T·(n + 1) numbers at most for the backward pass, which are the kernel's own affair."""
     heads, normalizer = _empty_results(q, e_q)
     for rows, chunk in _chunks(q, k, v, e_q, mask, is_causal, scale):
         found = heads[rows] if heads.dtype == chunk.q.dtype else torch.empty_like(heads[rows], dtype=chunk.q.dtype)
@@ -91,7 +91,8 @@ def _attention_on_gpu(
 ) -> tuple[Tensor, Tensor]:
     from mhe_lightning.attention.kernels import shared_scores_triton
 
-    return shared_scores_triton.forward(q, k, v, e_q, mask, is_causal, scale)
+    with torch.cuda.device_of(q):  # where Triton launches
+        return shared_scores_triton.forward(q, k, v, e_q, mask, is_causal, scale)
 
 
 @_attention.register_fake
@@ -149,7 +150,8 @@ def _attention_backward_on_gpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from mhe_lightning.attention.kernels import shared_scores_triton
 
-    return shared_scores_triton.backward(grad, q, k, v, e_q, mask, is_causal, scale, heads, normalizer)
+    with torch.cuda.device_of(q):
+        return shared_scores_triton.backward(grad, q, k, v, e_q, mask, is_causal, scale, heads, normalizer)
 
 
 @_attention_backward.register_fake
@@ -193,7 +195,8 @@ def _backward_flops(
 
 def _empty_results(q: Tensor, e_q: Tensor) -> tuple[Tensor, Tensor]:
     (B, T, d), n = q.shape, e_q.shape[0]
-    return q.new_empty(B, T, n, d), q.new_empty(B, T, n + 1, dtype=_accumulator(q.dtype))
+    kept = (B, n, T) if q.is_cuda else (B, T, n + 1)
+    return q.new_empty(B, T, n, d), q.new_empty(kept, dtype=_accumulator(q.dtype))
 
 
 def _sums_and_level(normalizer: Tensor) -> tuple[Tensor, Tensor]:
