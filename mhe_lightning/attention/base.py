@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.cache import KVCache, StaticKVCache, causal_keys
 from mhe_lightning.attention.folding import GroupedQuery
+from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import share, split_rows
 from mhe_lightning.attention.unpadded import Unpadded
 
@@ -46,7 +47,7 @@ class Attention(nn.Module):
         self.n_heads = n_heads
         self.head_dim = width // n_heads
         self.dropout = dropout
-        self.w_o = nn.Linear(width, width, bias=bias)
+        self.w_o = Linear(width, width, bias=bias)
         self.mesh: DeviceMesh | None = None
 
     def query(self, x: Tensor) -> Tensor:
@@ -117,6 +118,7 @@ class Attention(nn.Module):
         is_causal: bool = False,
         cache: KVCache | None = None,
         unpadded: Unpadded | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Attend from ``x`` to ``context`` (to ``x`` itself without one).
 
@@ -132,9 +134,11 @@ class Attention(nn.Module):
                 says which keys are seen: it has to hide those that are not written yet (`StaticKVCache.visible`).
             unpadded: where the rows of ``x`` are in (B, T), if it holds real tokens alone; in self-attention without a
                 cache. The mask has to hide the padding's keys.
+            last: only the last so many positions of ``x`` ask, all if not given; of a mask with T rows theirs are
+                taken. Keys and values are still those of all. Not together with ``unpadded``.
 
         Returns:
-            (B, T, D); (M, D) with ``unpadded``.
+            (B, T, D); (B, ``last``, D); (M, D) with ``unpadded``.
 
         Raises:
             ValueError: a shape or dtype does not fit, or the cache is full, or it is static and used with a context,
@@ -145,6 +149,9 @@ class Attention(nn.Module):
             x = x[None]  # as one sequence: a token's projections are its own affair
         self._check_inputs(x, context)
         B, T = x.shape[:2] if unpadded is None else (unpadded.batch, unpadded.length)
+        before = 0 if last is None else T - last  # positions that do not ask
+        if not 0 <= before < T or (before and unpadded is not None):
+            raise ValueError(f"last ({last}) must be from 1 to the {T} positions of x, which are not unpadded")
         past: int | Tensor = 0
         if isinstance(cache, StaticKVCache):
             _check_static(context, mask, is_causal)
@@ -162,6 +169,9 @@ class Attention(nn.Module):
                 )
             mask = as_4d(mask, (B, self.n_heads, T, S))
         queries, x, context = self._inputs(x, context)
+        if before:
+            queries, past = queries[:, before:], past + before
+            mask = mask[:, :, before:] if mask is not None and mask.shape[2] > 1 else mask
         q, stored = self._projected(queries, x, context, cache)
         if unpadded is None:
             return self.merge(self._attend(q, stored[0], stored[-1], mask, is_causal, past))
@@ -251,7 +261,14 @@ class Attention(nn.Module):
             mask = None if mask is None else mask[(None,) * (4 - mask.ndim)]
         if mask is not None and mask.shape[1] > q.shape[1]:
             q = q.expand(-1, mask.shape[1], -1, -1)  # a mask per head makes different heads of one shared query
-        return F.scaled_dot_product_attention(
+        # SDPA has no fast form for what `few_rows` leaves with strides
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        shape = q.shape
+        alike = not is_causal and (mask is None or mask.shape[1:3] == (1, 1))
+        if alike and k.shape[1] < q.shape[1] and not torch.is_grad_enabled():
+            # heads that share keys and values are further queries to them, which are then read once for all
+            q = q.reshape(shape[0], k.shape[1], -1, shape[3])  # (B, g, (n / g)·T, d)
+        heads = F.scaled_dot_product_attention(
             q,
             k,
             v,
@@ -260,6 +277,7 @@ class Attention(nn.Module):
             is_causal=is_causal,
             enable_gqa=k.shape[1] != q.shape[1],
         )
+        return heads.reshape(*shape[:3], v.shape[3])
 
     def _split_heads(self, projected: Tensor) -> Tensor:
         """(B, T, h·d) → (B, h, T, d)."""

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mhe_lightning.attention.base import Attention
 from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
 from mhe_lightning.attention.kernels.shared_scores import shared_score_attention
+from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import own_part, share, split
 
 Form = Literal["auto", "shared_scores", "shared_kv"]
@@ -187,4 +188,4 @@ class MHE(Attention):
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a layer is but its weight and bias, so that these may be used without calling it."""
-    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+    return type(linear) in (nn.Linear, Linear) and not linear._forward_hooks and not linear._forward_pre_hooks
