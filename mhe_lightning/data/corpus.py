@@ -6,7 +6,7 @@
 2. Open the sources and send every piece of text to a split: the source's own, or every k-th to validation and
    test. Exact duplicates are dropped here.
 3. Train the tokenizer, on text of the training split only, or load the one that is named.
-4. Tokenize batches of a few megabytes on all cores (in Rust) while the next batch is being read.
+4. Tokenize batches of text on all cores (in Rust), each in a thread, while the next ones are being read.
 5. Write the tokens of each split to shards: one end-of-text token, then each document followed by another.
 6. Write the manifest (counts and checksums) last, and rename the finished folder into its place.
 
@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 
 from mhe_lightning.data.assignment import SPLITS, Assignment
 from mhe_lightning.data.packed import FORMAT_VERSION, MANIFEST, TOKENIZER, CorpusError, PackedCorpus, open_corpus
-from mhe_lightning.data.packing import SplitWriter, encoded, in_batches, reporting, tokens_by_split
+from mhe_lightning.data.packing import SplitWriter, by_split, encoded, in_batches, reporting
 from mhe_lightning.data.pieces import Source
 from mhe_lightning.data.sources import FileSource, open_source
 from mhe_lightning.data.tokenizer import (
@@ -181,9 +181,8 @@ class CorpusSpec:
         Each document is followed by the end-of-text token. With one such token before it, all of this is what
         the training split is packed to.
         """
-        end = end_of_text_id(tokenizer)
-        for batch, encodings in encoded(in_batches(self.assignment().training_pieces()), tokenizer):
-            yield np.array(tokens_by_split(batch, encodings, end)["train"], dtype=np.int64)
+        for _, tokens in encoded(in_batches(self.assignment().training_pieces()), tokenizer):
+            yield np.concatenate(tokens)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain, JSON-able values."""
@@ -277,11 +276,10 @@ def _build(spec: CorpusSpec, folder: Path, fingerprint: str, progress: bool) -> 
     write_text(folder / TOKENIZER, tokenizer.to_str())
     writers = {split: SplitWriter(folder, split, dtype, spec.shard_tokens, end) for split in assignment.splits}
     with reporting("tokenizing", progress) as count:
-        for batch, encodings in encoded(in_batches(assignment.pieces()), tokenizer):
-            for split, piece in batch:
-                count(writers[split].count(piece))
-            for split, ids in tokens_by_split(batch, encodings, end).items():
-                writers[split].write(np.array(ids, dtype=dtype))
+        for batch, tokens in encoded(in_batches(assignment.pieces()), tokenizer, dtype):
+            for split, (pieces, own) in by_split(batch, tokens).items():
+                writers[split].write(own)
+                count(writers[split].count(pieces))
     splits = {split: writers[split].close(assignment.duplicates[split]) for split in assignment.splits}
     for split, entry in splits.items():
         if entry["documents"] == 0:

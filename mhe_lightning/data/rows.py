@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 
 CHUNK_CHARS = 2**15
+PARQUET_BUFFER_BYTES = 2**20
 
 
 def text_chunks(file: Path) -> Iterator[str]:
@@ -65,7 +66,8 @@ def _json_text(row: Any, column: str, where: str) -> str:
 
 def _parquet_rows(file: Path, column: str) -> Iterator[str]:
     try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
+        # Read ahead, or without a buffer, a row group is in memory as a whole, and a file may be a single one.
+        with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as parquet:
             require_column(str(file), parquet.schema_arrow.names, column)
             for batch in parquet.iter_batches(batch_size=1000, columns=[column]):
                 yield from arrow_texts(str(file), batch, column)

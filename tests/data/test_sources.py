@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from functools import cache
 from pathlib import Path
@@ -123,6 +124,15 @@ def test_rows_of_jsonl_json_and_parquet_are_documents_and_blank_ones_are_skipped
     for name in ("a.jsonl", "b.json", "c.parquet"):
         pieces = list(open_source(str(tmp_path / name)).pieces("train"))
         assert pieces == [Piece("one", True), Piece("two", True)]
+
+
+def test_a_parquet_file_of_one_row_group_is_not_held_in_memory(tmp_path):
+    draw = random.Random(0)
+    file = write_parquet(tmp_path / "a.parquet", text=[draw.randbytes(500).hex() for _ in range(20_000)])
+    assert pyarrow.parquet.ParquetFile(file).num_row_groups == 1
+    before = pyarrow.total_allocated_bytes()
+    most = max(pyarrow.total_allocated_bytes() for _ in open_source(str(file)).pieces("train")) - before
+    assert most < file.stat().st_size / 2
 
 
 def test_document_start_joins_the_rows_of_a_document_as_lines(tmp_path):
