@@ -17,8 +17,9 @@ from mhe_lightning.attention.tensor_parallel import own_part, share, split
 
 Form = Literal["auto", "shared_scores", "shared_kv"]
 
-FEW_QUERIES = 32
-"""Queries below which shared scores are not worth weighting the values for each head."""
+WORTHWHILE = 768
+"""Heads times queries from which on a CPU is faster with shared scores: fewer are not worth weighting the values of
+every key for each head, nor what an operator costs by itself."""
 
 
 class MHE(Attention):
@@ -43,9 +44,9 @@ class MHE(Attention):
 
     ``add`` also shares its *scores*: ``(q_t + e^Q_i)·k_j = q_t·k_j + e^Q_i·k_j``, so that one matrix of exponentials
     is re-weighted for every head (`mhe_lightning.attention.kernels.shared_scores`). The results are the same up to
-    rounding; it is faster where there are many queries. ``form`` "auto" takes it on a CPU for `FEW_QUERIES` and more,
-    and scores of each head over shared keys and values ("shared_kv") for fewer, on other devices and in
-    ``torch.export``. "shared_scores" takes it on a GPU too, where it is a Triton kernel. Neither ever takes it where it
+    rounding; it is faster where there are many heads and queries. ``form`` "auto" takes it on a CPU where their product
+    is `WORTHWHILE`, and scores of each head over shared keys and values ("shared_kv") otherwise, on other devices and
+    in ``torch.export``. "shared_scores" takes it on a GPU too, where it is a Triton kernel. Neither ever takes it where it
     does not apply: with attention dropout in training, with a mask for each head, and behind cached keys.
 
     Source: Xue & Aletras 2023, *Pit One Against Many*, Findings of EMNLP, arXiv 2310.07911.
@@ -167,7 +168,9 @@ class MHE(Attention):
             return False
         if self.form == "shared_scores":
             return True
-        return q.device.type == "cpu" and q.shape[2] >= FEW_QUERIES and not torch.compiler.is_exporting()
+        if q.device.type != "cpu" or torch.compiler.is_exporting():
+            return False
+        return self.n_heads > 1 and self.n_heads * q.shape[2] >= WORTHWHILE
 
     def folded(self) -> GroupedQuery:
         """MHE is multi-query attention (see above): ``W_Q`` tiled with ``e^Q`` in its bias, or scaled; ``e^V`` in

@@ -193,9 +193,9 @@ def uses_shared_scores(module, *args, **kwargs):
 
 @pytest.mark.parametrize(
     ("form", "T", "expected"),
-    [("auto", 64, True), ("auto", 8, False), ("shared_kv", 64, False), ("shared_scores", 8, True)],
+    [("auto", 192, True), ("auto", 191, False), ("shared_kv", 200, False), ("shared_scores", 8, True)],
 )
-def test_form_is_chosen_by_the_number_of_queries_unless_it_is_given(form, T, expected):
+def test_form_is_chosen_by_heads_times_queries_unless_it_is_given(form, T, expected):
     m = MHE(width=16, n_heads=4, form=form)
     assert uses_shared_scores(m, torch.randn(2, T, 16), is_causal=True) is expected
 
@@ -203,11 +203,11 @@ def test_form_is_chosen_by_the_number_of_queries_unless_it_is_given(form, T, exp
 @pytest.mark.parametrize("form", ["shared_scores", "auto"])
 def test_attention_dropout_in_training_and_masks_for_each_head_have_scores_of_their_own(form):
     m = MHE(width=16, n_heads=4, dropout=0.1, form=form)
-    x = torch.randn(2, 64, 16)
+    x = torch.randn(2, 200, 16)
     assert not uses_shared_scores(m, x)
     m.eval()
     assert uses_shared_scores(m, x)
-    assert not uses_shared_scores(m, x, mask=torch.rand(1, 4, 64, 64) > 0.5)
+    assert not uses_shared_scores(m, x, mask=torch.rand(1, 4, 200, 200) > 0.5)
 
 
 def test_shared_scores_are_refused_for_multiplied_embeddings():
@@ -218,7 +218,7 @@ def test_shared_scores_are_refused_for_multiplied_embeddings():
 
 
 @pytest.mark.parametrize("combine", ["add", "multiply"])
-@pytest.mark.parametrize("tokens", [3, 70])
+@pytest.mark.parametrize("tokens", [3, 200])
 def test_forms_agree_in_results_and_gradients(combine, tokens):
     torch.manual_seed(0)
     forms = ("auto", "shared_kv", "shared_scores") if combine == "add" else ("auto", "shared_kv")
@@ -238,7 +238,7 @@ def test_forms_agree_in_results_and_gradients(combine, tokens):
 def test_compiled_block_of_one_graph_gives_the_same():
     torch.manual_seed(0)
     m = MHE(width=16, n_heads=4)
-    x = torch.randn(2, 64, 16)
+    x = torch.randn(2, 200, 16)
     expected = m(x, is_causal=True)
     compiled = torch.compile(lambda x: m(x, is_causal=True), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
@@ -251,7 +251,7 @@ def test_compiled_block_of_one_graph_gives_the_same():
 
 
 def test_export_sees_the_operator_where_it_is_asked_for_and_portable_ones_otherwise():
-    x = torch.randn(2, 64, 16)
+    x = torch.randn(2, 200, 16)
     for form, expected in (("shared_scores", True), ("auto", False)):
         program = torch.export.export(MHE(width=16, n_heads=4, form=form).eval(), (x,))
         assert any(node.target is OPERATOR for node in program.graph.nodes) is expected
@@ -259,7 +259,7 @@ def test_export_sees_the_operator_where_it_is_asked_for_and_portable_ones_otherw
 
 def test_autocast_computes_in_bfloat16():
     m = MHE(width=16, n_heads=4)
-    x = torch.randn(2, 64, 16)
+    x = torch.randn(2, 200, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = m(x, is_causal=True)
     assert y.dtype == torch.bfloat16
