@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,12 +37,29 @@ def machine() -> dict[str, Any]:
     return {"platform": platform.platform(), "processor": _processor(), "torch": torch.__version__}
 
 
-def write_results(path: Path, options: argparse.Namespace, machine: dict[str, Any], **results: Any) -> None:
+def write_results(path: Path, options: argparse.Namespace, machine: Mapping[str, Any], **results: Any) -> None:
     """A JSON file of the settings, the machine, and the results."""
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     path.write_text(
         json.dumps({"settings": settings, "machine": machine, **results}, indent=2) + "\n", encoding="utf-8"
     )
+
+
+def save(
+    options: argparse.Namespace,
+    machine: Mapping[str, Any],
+    page: Callable[[Mapping[str, Any]], str],
+    **results: Any,
+) -> None:
+    """Where ``options.out`` names a file: the JSON of `write_results`, and beside it ``page`` of it, in Markdown.
+
+    To be called after each part, so that a benchmark that is broken off leaves what it has.
+    """
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_results(options.out, options, machine, **results)
+        record = json.loads(options.out.read_text(encoding="utf-8"))
+        options.out.with_suffix(".md").write_text(page(record), encoding="utf-8")
 
 
 def interleaved(
@@ -109,10 +127,39 @@ def description(*packages: str) -> dict[str, Any]:
     return {"date": date.today().isoformat(), **machine(), **versions, **threads}
 
 
+def machine_sentence(machine: Mapping[str, Any]) -> str:
+    """What `description` found, in words."""
+    known = ("date", "platform", "processor", "torch_threads", "cores", "gpu")
+    versions = ", ".join(f"{name} {version}" for name, version in machine.items() if name not in known)
+    return (
+        f"{machine['date']}; {machine['processor']}, {machine['torch_threads']} threads on {machine['cores']} cores, "
+        f"GPU: {machine['gpu']}; {versions}; {machine['platform']}."
+    )
+
+
+def spread(found: Mapping[str, Any], digits: int = 2, scale: float = 1.0) -> str:
+    """What `quartiles` found, as "median (lower to upper quartile)"."""
+    median, (low, high) = found["median"], found["quartiles"]
+    return f"{median * scale:.{digits}f} ({low * scale:.{digits}f} to {high * scale:.{digits}f})"
+
+
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def between_marks(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between its lines ``<!-- tables of name -->`` and ``<!-- end of name -->``.
+
+    Raises:
+        ValueError: it has no such lines.
+    """
+    begin, end = f"<!-- tables of {name} -->\n", f"<!-- end of {name} -->\n"
+    place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if not place.search(page):
+        raise ValueError(f"the page has no lines {begin.strip()} and {end.strip()} to put text between")
+    return place.sub(lambda match: f"{begin}\n{text.strip()}\n\n{end}", page)
 
 
 def _wait() -> None:

@@ -20,5 +20,5 @@ class KeylessMHE(MHE):
         super().__init__(width=width, n_heads=n_heads, combine="add", **arguments)
         del self.e_k
 
-    def query(self, x: Tensor) -> Tensor:
-        return self.w_q(x).unsqueeze(1) + self.e_q.unsqueeze(1)  # (B, n, T, d)
+    def _added_queries(self) -> Tensor:
+        return self.e_q

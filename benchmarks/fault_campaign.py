@@ -61,7 +61,7 @@ JOINED = "All distributed processes registered"
 
 SIGTERM_CODES = (143, -signal.SIGTERM)
 EXACT = ("step", "train/", "val/", "lr", "grad_norm", "tokens_seen")
-"""Metrics that depend on no clock, by their beginnings; `tokens_per_second` and `data_wait` do."""
+"""Metrics that depend on no clock, by their beginnings; `tokens_per_second`, `mfu` and `data_wait` do."""
 
 COUNTED = ("put", "struck", "most_steps_lost", "problems")
 """Columns of the table: how often a fault was put there, how often it ended an attempt, and what followed."""

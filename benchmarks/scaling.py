@@ -3,19 +3,20 @@
     python benchmarks/scaling.py --out docs/results/scaling.json --page docs/scaling.md
 
 Nothing is run: each step is followed without numbers, as `plan` does it, and timed at an assumed rate and bandwidths.
-The rates of "small" are those that were measured on a CPU (docs/results/decoder_step_cpu.json).
+The rates of "small" are those that were measured on a CPU (docs/results/small_decoder_step_cpu.json).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from common import between_marks
 
 from mhe_lightning.comparison.tables import Column, Table, render
 from mhe_lightning.experiment import Experiments
@@ -23,7 +24,7 @@ from mhe_lightning.planning import Experiment, Share
 from mhe_lightning.scaling import GB, Cluster, alternatives
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ROOT / "docs" / "results" / "decoder_step_cpu.json"
+MEASURED = ROOT / "docs" / "results" / "small_decoder_step_cpu.json"
 WORLD_SIZES = (8, 64, 1024)
 PEAK, MFU = 989e12, 0.4
 ATTENTIONS = ("mha", "gqa", "skv", "mqa", "el", "mhe_add", "mhe_mul", "sha")
@@ -130,8 +131,8 @@ def planned(name: str, attentions: Sequence[str] = ATTENTIONS) -> dict[str, Any]
 
 def measured_speed(attention: str) -> float:
     """Tokens per second of one process on a CPU."""
-    speeds = json.loads(MEASURED.read_text(encoding="utf-8"))["variants"]
-    speed: float = speeds[attention]["tokens_per_second"]
+    (run,) = json.loads(MEASURED.read_text(encoding="utf-8"))["runs"]
+    speed: float = run["models"][attention]["tokens_per_second"]
     return speed
 
 
@@ -203,12 +204,7 @@ def with_tables(page: str, records: Mapping[str, Mapping[str, Any]]) -> str:
         ValueError: there is no place for a model's tables.
     """
     for name, record in records.items():
-        begin, end = f"<!-- tables of {name} -->\n", f"<!-- end of {name} -->\n"
-        place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if not place.search(page):
-            raise ValueError(f"the page has no lines {begin.strip()} and {end.strip()} to put tables between")
-        new = f"{begin}\n{tables(record)}\n{end}"
-        page = place.sub(lambda match, new=new: new, page)  # type: ignore[misc]
+        page = between_marks(page, name, tables(record))
     return page
 
 

@@ -32,7 +32,7 @@ from mhe_lightning.experiment import LINKED, attribute, class_of
 from mhe_lightning.parsing import Parser, data_module
 from mhe_lightning.scaling import Cluster, StepTime, step_time
 from mhe_lightning.tasks import Task
-from mhe_lightning.tracing import Counts, Flops, Step, StepMemory, of_depth
+from mhe_lightning.tracing import Counts, Flops, Step, StepMemory, of_depth, tokens_in
 
 SHARDED = ("fsdp", "model_parallel", "modelparallel", "sharded")
 """Parts of the names of strategies that shard weights, gradients and optimizer."""
@@ -328,7 +328,7 @@ class Experiment:
         trainer = self.config.trainer
         batch = self._step().batch
         tokens = (
-            _tokens_in(batch) * self.layout.data_parallel * trainer.accumulate_grad_batches * max(0, trainer.max_steps)
+            tokens_in(batch) * self.layout.data_parallel * trainer.accumulate_grad_batches * max(0, trainer.max_steps)
         )
         return Schedule(
             length=batch["tokens"].shape[1],
@@ -362,7 +362,7 @@ class Experiment:
         """
         task = self.empty_task()
         counts = count_parameters(task)
-        tokens = _tokens_in(self._step().batch)
+        tokens = tokens_in(self._step().batch)
         cached = cache_size(task.net)
         if not trace:
             return Cost(name, sizes, counts, cached, tokens, None, None)
@@ -385,7 +385,7 @@ class Experiment:
             exchanged=followed.exchanged() if layout.parts > 1 else None,
         )
         memory = self._memory(task, layout, followed)
-        tokens = _tokens_in(self._step().batch)
+        tokens = tokens_in(self._step().batch)
         needed = followed.flops(1).training / layout.parts
         return Share(layout, memory, followed.flops(layout.parts), needed, found, tokens, micro_batches)
 
@@ -455,11 +455,6 @@ class _Followed:
 
     def _exchanged(self) -> Exchanged:
         return self._of_depth(self._of_gathered, FLOPS_DEPTHS, Step.exchanged)
-
-
-def _tokens_in(batch: Mapping[str, Any]) -> int:
-    """Tokens that the net reads, on both sides of a translation."""
-    return sum(batch[key].numel() for key in ("tokens", "target_tokens") if key in batch)
 
 
 def precision_of(precision: object) -> Precision:

@@ -5,11 +5,13 @@ The step is the task's own, so an attention, a net or a task of a user's own is 
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mhe_lightning.attention import Attention
+from mhe_lightning.attention import MHE, Attention
 from mhe_lightning.communication import (
     Exchanged,
     has_one_head,
@@ -105,6 +107,12 @@ class Step:
                 loss().backward()  # type: ignore[no-untyped-call]
         return Flops(forward.get_total_flops(), training.get_total_flops())
 
+    def forward_flops(self) -> int:
+        """Count the operations of a forward pass alone, in a fraction of the time; errors as in `flops`."""
+        with self._traceable() as (_, loss, n_targets), _Answers(n_targets), count_flops() as forward, torch.no_grad():
+            loss()
+        return forward.get_total_flops()
+
     def memory(self) -> StepMemory:
         """Add up memory; errors as in `flops`."""
         with self._traceable() as (task, loss, n_targets):
@@ -141,6 +149,8 @@ class Step:
                 _keep_part(task, self.parts)
             if self.as_on_gpu:
                 for module in task.modules():
+                    if isinstance(module, MHE) and module.form == "auto":
+                        module.form = "shared_kv"  # the shapes here are a CPU's to it
                     if isinstance(module, Attention):
                         module.dropout = 0.0
                     elif isinstance(module, nn.LayerNorm) and self.autocast is not None:
@@ -149,8 +159,6 @@ class Step:
 
             def loss() -> Tensor:
                 with nullcontext() if self.autocast is None else torch.autocast("cpu", dtype=self.autocast):
-                    if "example" in batch:  # which candidates belong together is a matter of numbers, and costs nothing
-                        return task(batch).sum()
                     return task.training_step(batch, 0)  # type: ignore[return-value]
 
             try:
@@ -160,6 +168,35 @@ class Step:
                     f"a step of {type(task).__name__} cannot be followed without data: {str(error).splitlines()[0]}; "
                     "its parameters and caches can still be planned (--no_trace)"
                 ) from error
+
+
+def forward_flops_per_token(task: Task, batch: Batch) -> float:
+    """Matrix operations of a forward pass with its loss, per token that the net reads; ``task`` stays as it is.
+
+    Args:
+        task: before it is laid out for training; it may have no memory.
+        batch: one row of the shape to count is enough.
+
+    Raises:
+        ValueError: the step cannot be followed, since what it does depends on numbers.
+    """
+    return Step(partial(_empty_copy, task), batch).forward_flops() / tokens_in(batch)
+
+
+def tokens_in(batch: Mapping[str, Any]) -> int:
+    """Tokens that the net reads, on both sides of a translation."""
+    return sum(batch[key].numel() for key in ("tokens", "target_tokens") if key in batch)
+
+
+def _empty_copy(task: Task) -> Task:
+    """A copy whose parameters and buffers are new ones without numbers; in a `FakeTensorMode` without memory, too."""
+    empty: dict[int, Any] = {}
+    for tensor in (*task.parameters(), *task.buffers()):
+        new = torch.empty_like(tensor, device="cpu")
+        empty[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    copied: Task = copy.deepcopy(task, empty)
+    copied.compile_blocks = False  # what is compiled is the same
+    return copied
 
 
 @contextmanager

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^(<!-- not run: [^>]+ -->\n)?```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.M | re.S)
 
+LINK = re.compile(r"\]\(([^)#]+)\)")
+
 SHORT = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "2"]
 """Appended to each `fit`: what is tested is the command, not the result."""
 
@@ -85,15 +87,19 @@ def exit_code(args: list[str]) -> int | str:
 
 
 def test_every_page_is_reached_from_the_readme():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for page in PAGES[1:] if PAGES[0].name == "README.md" else PAGES:
-        if page.name != "README.md":
-            assert str(page.relative_to(ROOT)) in readme, page
+    reached, found = set(), {ROOT / "README.md"}
+    while found:
+        page = found.pop()
+        reached.add(page)
+        links = {(page.parent / target).resolve() for target in LINK.findall(page.read_text(encoding="utf-8"))}
+        found |= {link for link in links if link.suffix == ".md" and link.exists()} - reached
+    for page in PAGES:
+        assert page in reached, page
 
 
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        for target in LINK.findall(page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
                 assert (page.parent / target).exists(), f"{page}: {target}"
                 assert os.path.commonpath([ROOT, (page.parent / target).resolve()]) == str(ROOT)

@@ -585,7 +585,7 @@ def test_a_signal_ends_the_sweep_and_its_child(number, code, tiny_config, tmp_pa
 def table_of(folder: Path) -> dict:
     """All that a run has recorded but how long it took."""
     with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
-        timings = ("tokens_per_second", "data_wait")
+        timings = ("tokens_per_second", "mfu", "data_wait")
         rows = [{key: row[key] for key in sorted(row) if key not in timings} for row in csv.DictReader(file)]
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return {

@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.cache import KVCache, StaticKVCache, causal_keys
 from mhe_lightning.attention.folding import GroupedQuery
+from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import share, split_rows
+from mhe_lightning.attention.unpadded import Unpadded
 
 
 class Attention(nn.Module):
@@ -45,7 +47,7 @@ class Attention(nn.Module):
         self.n_heads = n_heads
         self.head_dim = width // n_heads
         self.dropout = dropout
-        self.w_o = nn.Linear(width, width, bias=bias)
+        self.w_o = Linear(width, width, bias=bias)
         self.mesh: DeviceMesh | None = None
 
     def query(self, x: Tensor) -> Tensor:
@@ -115,11 +117,13 @@ class Attention(nn.Module):
         mask: Tensor | None = None,
         is_causal: bool = False,
         cache: KVCache | None = None,
+        unpadded: Unpadded | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """Attend from ``x`` to ``context`` (to ``x`` itself without one).
 
         Args:
-            x: (B, T, D), the queries' side.
+            x: (B, T, D), the queries' side; (M, D) with ``unpadded``.
             context: (B, S, D), the keys' side, for cross-attention.
             mask: boolean, True = may attend, broadcastable to (B, n, T, S). Key padding (B, S) is passed as
                 ``padding[:, None, None, :]``. A query that may attend to nothing gets zero from every head.
@@ -128,36 +132,52 @@ class Attention(nn.Module):
                 length after that; in cross-attention the context's are computed at the first call and kept.
                 With a `StaticKVCache` S is its ``max_length`` in every call, and without ``is_causal`` the mask alone
                 says which keys are seen: it has to hide those that are not written yet (`StaticKVCache.visible`).
+            unpadded: where the rows of ``x`` are in (B, T), if it holds real tokens alone; in self-attention without a
+                cache. The mask has to hide the padding's keys.
+            last: only the last so many positions of ``x`` ask, all if not given; of a mask with T rows theirs are
+                taken. Keys and values are still those of all. Not together with ``unpadded``.
 
         Returns:
-            (B, T, D).
+            (B, T, D); (B, ``last``, D); (M, D) with ``unpadded``.
 
         Raises:
             ValueError: a shape or dtype does not fit, or the cache is full, or it is static and used with a context,
-                or with neither mask nor causality.
+                or with neither mask nor causality, or ``unpadded`` is used with a context, a cache or no mask.
         """
+        if unpadded is not None:
+            _check_unpadded(x, context, mask, cache)
+            x = x[None]  # as one sequence: a token's projections are its own affair
         self._check_inputs(x, context)
-        T = x.shape[1]
+        B, T = x.shape[:2] if unpadded is None else (unpadded.batch, unpadded.length)
+        before = 0 if last is None else T - last  # positions that do not ask
+        if not 0 <= before < T or (before and unpadded is not None):
+            raise ValueError(f"last ({last}) must be from 1 to the {T} positions of x, which are not unpadded")
+        past: int | Tensor = 0
         if isinstance(cache, StaticKVCache):
             _check_static(context, mask, is_causal)
-            past: int | Tensor = cache.position
-            S, hidden = cache.max_length, True
+            past, S = cache.position, cache.max_length
+        elif context is None:
+            past = 0 if cache is None else cache.length
+            S = past + T
         else:
-            past = cache.length if cache is not None and context is None else 0
-            S = past + T if context is None else context.shape[1]
-            hidden = bool(past) or mask is not None
-        if hidden:  # else SDPA's own causality, which needs no mask in memory
-            if self.mesh is not None and mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            S = context.shape[1]
+        if mask is not None:
+            if self.mesh is not None and mask.ndim == 4 and mask.shape[1] > 1:
                 raise ValueError(
                     f"mask has shape {tuple(mask.shape)}, one for each head; heads that are divided among "
                     f"{self.mesh.size()} processes take one mask for all"
                 )
-            shape = (x.shape[0], self.n_heads, T, S)
-            mask, is_causal = visible_keys(mask, shape, is_causal, x.device, past), False
+            mask = as_4d(mask, (B, self.n_heads, T, S))
         queries, x, context = self._inputs(x, context)
-        stored = self._stored_key_value(x, context, cache)
-        k, v = stored[0], stored[-1]
-        return self.merge(self._attend(self.query(queries), k, v, mask, is_causal))
+        if before:
+            queries, past = queries[:, before:], past + before
+            mask = mask[:, :, before:] if mask is not None and mask.shape[2] > 1 else mask
+        q, stored = self._projected(queries, x, context, cache)
+        if unpadded is None:
+            return self.merge(self._attend(q, stored[0], stored[-1], mask, is_causal, past))
+        q, *keys_values = (unpadded.spread_heads(rows) for rows in (q, *stored))
+        heads = self._attend(q, keys_values[0], keys_values[-1], mask, is_causal, past)
+        return self.merge(unpadded.gather_heads(heads))[0]
 
     @torch.no_grad()
     def weights(
@@ -196,27 +216,59 @@ class Attention(nn.Module):
         weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
         return weights.masked_fill(~visible.any(-1, keepdim=True), 0.0).expand(shape)
 
-    def _stored_key_value(self, x: Tensor, context: Tensor | None, cache: KVCache | None) -> tuple[Tensor, ...]:
-        if cache is None:
-            return self.key_value(x if context is None else context)
+    def _projected(
+        self, queries: Tensor, x: Tensor, context: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `_attend` takes for queries, and the keys and values, those in the cache included."""
         if context is None:
-            return cache.append(*self.key_value(x))
-        if cache.length == 0:
-            cache.append(*self.key_value(context))
-        elif cache.length != context.shape[1]:
+            q, new = self._project(queries, x)
+            return q, new if cache is None else cache.append(*new)
+        if cache is None or cache.length == 0:
+            q, new = self._project(queries, context)
+            return q, new if cache is None else cache.append(*new)
+        if cache.length != context.shape[1]:
             raise ValueError(
                 f"the cache holds {cache.length} keys but the context has {context.shape[1]}; "
                 "use a new KVCache for a new context"
             )
-        else:
-            cache.check_batch(context.shape[0])
-        return cache.stored()
+        cache.check_batch(context.shape[0])
+        return self._queries(queries), cache.stored()
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
-        """Heads' outputs (B, n, T, d); scores are scaled by 1/√d."""
-        if mask is not None and mask.ndim == 4 and mask.shape[1] > q.shape[1]:
+    def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`_queries` of ``x`` and `key_value` of ``context``: a variant may make them in one product."""
+        return self._queries(x), self.key_value(context)
+
+    def _queries(self, x: Tensor) -> Tensor:
+        """What `_attend` makes the heads' queries from: these themselves, if a variant has no use for less."""
+        return self.query(x)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, past: int | Tensor = 0
+    ) -> Tensor:
+        """Heads' outputs (B, n, T, d); scores are scaled by 1/√d.
+
+        Args:
+            q: what `_queries` gives.
+            k: keys, (B, g, S, d).
+            v: values, (B, g, S, d).
+            mask: boolean, True = may attend, of four dimensions that broadcast to (B, n, T, S).
+            is_causal: query t sees keys up to past + t only.
+            past: keys before the first query's own.
+        """
+        if is_causal and (mask is not None or isinstance(past, Tensor) or past):
+            # else SDPA's own causality, which needs no mask in memory but counts from the first key
+            mask, is_causal = with_causality(mask, q.shape[2], k.shape[2], past, q.device), False
+            mask = None if mask is None else mask[(None,) * (4 - mask.ndim)]
+        if mask is not None and mask.shape[1] > q.shape[1]:
             q = q.expand(-1, mask.shape[1], -1, -1)  # a mask per head makes different heads of one shared query
-        return F.scaled_dot_product_attention(
+        # SDPA has no fast form for what `few_rows` leaves with strides
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        shape = q.shape
+        alike = not is_causal and (mask is None or mask.shape[1:3] == (1, 1))
+        if alike and k.shape[1] < q.shape[1] and not torch.is_grad_enabled():
+            # heads that share keys and values are further queries to them, which are then read once for all
+            q = q.reshape(shape[0], k.shape[1], -1, shape[3])  # (B, g, (n / g)·T, d)
+        heads = F.scaled_dot_product_attention(
             q,
             k,
             v,
@@ -225,6 +277,7 @@ class Attention(nn.Module):
             is_causal=is_causal,
             enable_gqa=k.shape[1] != q.shape[1],
         )
+        return heads.reshape(*shape[:3], v.shape[3])
 
     def _split_heads(self, projected: Tensor) -> Tensor:
         """(B, T, h·d) → (B, h, T, d)."""
@@ -266,8 +319,12 @@ def check_divides(name: str, divisor: int, of: str, number: int) -> None:
         raise ValueError(f"{name} ({divisor}) must divide {of} ({number}); try {remedy}")
 
 
-def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
-    """Raise ``ValueError`` unless ``mask`` is boolean and broadcasts to ``shape`` = (B, n, T, S)."""
+def as_4d(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """``mask`` with four dimensions.
+
+    Raises:
+        ValueError: it is not boolean, or does not broadcast to ``shape`` = (B, n, T, S).
+    """
     if mask.dtype != torch.bool:
         raise ValueError(
             f"mask has dtype {mask.dtype}; it must be torch.bool with True = may attend "
@@ -278,6 +335,18 @@ def check_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> None:
         raise ValueError(
             f"mask has shape {tuple(mask.shape)}; it must broadcast to (B, n, T, S) = {shape}; "
             "key padding (B, S) is passed as padding[:, None, None, :]"
+        )
+    return mask[(None,) * (4 - mask.ndim)]
+
+
+def _check_unpadded(x: Tensor, context: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> None:
+    """Raise ``ValueError`` where a batch without padding cannot be attended to."""
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; with unpadded it must be (M, D), the real tokens alone")
+    if context is not None or cache is not None or mask is None:
+        raise ValueError(
+            "unpadded is for self-attention without a cache, with a mask that hides the padding's keys; pad the batch "
+            "otherwise"
         )
 
 
@@ -315,8 +384,7 @@ def visible_keys(
         ValueError: the mask is not boolean or does not broadcast to ``shape``.
     """
     if mask is not None:
-        check_mask(mask, shape)
-        mask = mask[(None,) * (4 - mask.ndim)]
+        mask = as_4d(mask, shape)
     if is_causal:
         mask = with_causality(mask, shape[2], shape[3], past, device)
     return None if mask is None else mask[(None,) * (4 - mask.ndim)]

@@ -54,14 +54,33 @@ class KVCache:
         """What is held, as views (B, g, length, d)."""
         return tuple(buffer[:, :, : self.length] for buffer in self._buffers)
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor, shared: int = 0) -> None:
         """Keep the batch rows ``rows`` (a LongTensor, repeats allowed), as a beam search does after each step.
 
-        Only what is held is copied, not the part of the buffers that later tokens will fill.
+        Only what is held is copied, not the part of the buffers that later tokens will fill; nor what is ``shared``.
+
+        Args:
+            rows: which row each is from now on.
+            shared: so many first tokens of row ``rows[i]`` and row i are the same, for every i, and are not copied.
+
+        Raises:
+            ValueError: ``shared`` is not 0 and the number of rows changes, or it is more than is held.
         """
+        if not self._buffers:
+            return
+        if self._buffers[0].shape[0] == len(rows):
+            if not 0 <= shared <= self.length:
+                raise ValueError(f"shared ({shared}) must be from 0 to the {self.length} tokens that are held")
+            for buffer in self._buffers:
+                buffer[:, :, shared : self.length] = buffer[:, :, shared : self.length].index_select(0, rows)
+            return
+        if shared:
+            raise ValueError(
+                f"shared ({shared}) must be 0 where {self._buffers[0].shape[0]} rows become {len(rows)}: "
+                "none of the new rows holds anything yet"
+            )
         chosen = [t.index_select(0, rows) for t in self.stored()]
-        if self._buffers and self._buffers[0].shape[0] != len(rows):
-            self._buffers = tuple(buffer.new_empty(len(rows), *buffer.shape[1:]) for buffer in self._buffers)
+        self._buffers = tuple(buffer.new_empty(len(rows), *buffer.shape[1:]) for buffer in self._buffers)
         for buffer, t in zip(self._buffers, chosen, strict=True):
             buffer[:, :, : self.length] = t
 
@@ -122,7 +141,7 @@ class StaticKVCache(KVCache):
             buffer.index_copy_(2, places, t)
         return self._buffers
 
-    def reorder(self, rows: Tensor) -> None:
+    def reorder(self, rows: Tensor, shared: int = 0) -> None:
         """As `KVCache.reorder`, but of the whole buffers, for what is held is not known on the host."""
         chosen = tuple(buffer.index_select(0, rows) for buffer in self._buffers)
         if self._buffers and self._buffers[0].shape[0] != len(rows):

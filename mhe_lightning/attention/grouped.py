@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.base import Attention, check_divides
 from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
+from mhe_lightning.attention.products import Linear, linear
 from mhe_lightning.attention.tensor_parallel import share, split_columns
 
 
@@ -32,9 +32,9 @@ class GQA(Attention):
         check_divides("n_kv_heads", n_kv_heads, "n_heads", n_heads)
         self.n_kv_heads = n_kv_heads
         self._shares_key_value = n_kv_heads == 1
-        self.w_q = nn.Linear(width, width, bias=bias)
-        self.w_k = nn.Linear(width, n_kv_heads * self.head_dim, bias=bias)
-        self.w_v = nn.Linear(width, n_kv_heads * self.head_dim, bias=bias)
+        self.w_q = Linear(width, width, bias=bias)
+        self.w_k = Linear(width, n_kv_heads * self.head_dim, bias=bias)
+        self.w_v = Linear(width, n_kv_heads * self.head_dim, bias=bias)
 
     def _split_projections(self, mesh: DeviceMesh) -> None:
         if not self._shares_key_value and self.n_kv_heads % mesh.size():
@@ -108,9 +108,9 @@ class SHA(Attention):
 
     def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
-        self.w_q = nn.Linear(width, self.head_dim, bias=bias)
-        self.w_k = nn.Linear(width, self.head_dim, bias=bias)
-        self.w_v = nn.Linear(width, self.head_dim, bias=bias)
+        self.w_q = Linear(width, self.head_dim, bias=bias)
+        self.w_k = Linear(width, self.head_dim, bias=bias)
+        self.w_v = Linear(width, self.head_dim, bias=bias)
 
     def parallelize(self, mesh: DeviceMesh) -> None:
         """One head cannot be divided: every process computes it as it does without ``mesh``."""
@@ -125,7 +125,7 @@ class SHA(Attention):
         if heads.shape[1] > 1:  # a mask per head was given: the heads differ
             return super().merge(heads)
         blocks = self.w_o.weight.unflatten(1, (self.n_heads, self.head_dim))  # (D, n, d)
-        return F.linear(heads.squeeze(1), blocks.sum(1), self.w_o.bias)
+        return linear(heads.squeeze(1), blocks.sum(1), self.w_o.bias)
 
     def folded(self) -> GroupedQuery:
         (w_q, b_q), k, v = (heads_of(projection, self.head_dim) for projection in (self.w_q, self.w_k, self.w_v))

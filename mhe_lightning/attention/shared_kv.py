@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mhe_lightning.attention.base import Attention
 from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
+from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import split_columns
 
 
@@ -27,8 +28,8 @@ class SKV(Attention):
 
     def __init__(self, *, width: int, n_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__(width=width, n_heads=n_heads, dropout=dropout, bias=bias)
-        self.w_q = nn.Linear(width, width, bias=bias)
-        self.w_kv = nn.Linear(width, width, bias=bias)
+        self.w_q = Linear(width, width, bias=bias)
+        self.w_kv = Linear(width, width, bias=bias)
 
     def _split_projections(self, mesh: DeviceMesh) -> None:
         split_columns(self.w_q, mesh)

@@ -71,6 +71,8 @@ class RunRecord(Callback):
         if not trainer.is_global_zero:
             return
         tokens = int(getattr(pl_module, "tokens_seen", 0))
+        speed = tokens / max(self.throughput.training_seconds, 1e-9)
+        mfu = self.throughput.mfu(speed)
         data = getattr(trainer, "datamodule", None)
         update_results(
             Path(trainer.default_root_dir),
@@ -81,7 +83,8 @@ class RunRecord(Callback):
                 "tokens_seen": tokens,
                 "wall_seconds": round(self._wall(), 3),
                 "training_seconds": round(self.throughput.training_seconds, 3),
-                "tokens_per_second": round(tokens / max(self.throughput.training_seconds, 1e-9), 1),
+                "tokens_per_second": round(speed, 1),
+                **({} if mfu is None else {"mfu": round(mfu, 4)}),
                 "peak_memory_bytes": peak_memory_bytes(),
                 "data": data.describe() if isinstance(data, ExactDataModule) else {},
                 "seed": self.seed,

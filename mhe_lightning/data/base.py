@@ -132,6 +132,10 @@ class ExactDataModule(LightningDataModule):
         """
         raise ValueError(f"{type(self).__name__} must define largest_batch(world_size) to be planned")
 
+    def largest_row(self) -> Batch:
+        """As `largest_batch`, of as few rows as can be."""
+        return self.largest_batch(self.batch_size)
+
     def submission(self, predictions: list[dict[str, Any]]) -> dict[str, str]:
         """Files that the data set's benchmark asks for, by name, from all rows that `predict` gave."""
         return {}
@@ -197,9 +201,15 @@ class ExactDataModule(LightningDataModule):
             collate_fn=collator.collate,
             num_workers=self.num_workers,
             worker_init_fn=heed_parent_only,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pins,
             persistent_workers=self.num_workers > 0,
         )
+
+    @property
+    def _pins(self) -> bool:
+        """Whether batches lie where a GPU can fetch them from while the host goes on, as Lightning lets it."""
+        trainer = self.trainer
+        return torch.cuda.is_available() and trainer is not None and trainer.strategy.root_device.type == "cuda"
 
     def _rank_and_world(self) -> tuple[int, int]:
         """Among the ranks that see different data (tensor-parallel ranks share theirs)."""

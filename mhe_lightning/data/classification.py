@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import pyarrow
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mhe_lightning.data.base import Batch
 from mhe_lightning.data.examples import Example, Row
@@ -57,10 +57,11 @@ class TaskSpec:
 class ClassificationData(FinetuningData):
     """Examples of one task of a benchmark.
 
-    A batch has ``tokens`` and ``segments`` (N, T), ``padding`` (N, T), True = a real token, unless all are, ``labels``
-    (B,), nan where the label is hidden, ``rows`` (B,), and ``info``, a dictionary per example with what is not a
-    number. N is B but for choices, where every candidate is a sequence: then ``example`` (N,) is the number of its
-    example in the batch and ``right`` (N,) whether it is a right answer. Where a label is about spans, ``spans``
+    A batch has ``tokens`` and ``segments`` (N, T), ``labels`` (B,), nan where the label is hidden, ``rows`` (B,), and
+    ``info``, a dictionary per example with what is not a number; unless all tokens are real, ``padding`` (N, T), True =
+    a real token, and ``real`` (M,), their positions along the flattened (N, T). N is B but for choices, where every
+    candidate is a sequence: then ``candidates`` (B, most) are the numbers of each example's sequences, -1 where it has
+    fewer, and ``right`` (N,) says whether one is a right answer. Where a label is about spans, ``spans``
     (B, n_spans, 2) are the first token and one past the last of each.
 
     Args:
@@ -235,7 +236,8 @@ class ClassificationData(FinetuningData):
         batch["info"] = [{key: row[key] for key in ("id", "part", "group", "choices", "answers")} for row in rows]
         if self.problem == "choice":
             counts = [len(row["sequences"]) for row in rows]
-            batch["example"] = torch.from_numpy(np.repeat(np.arange(len(rows)), counts))
+            own = torch.arange(len(sequences)).split(counts)
+            batch["candidates"] = pad_sequence(list(own), batch_first=True, padding_value=-1)
             batch["right"] = torch.tensor([i in row["right"] for row in rows for i in range(len(row["sequences"]))])
         if self.n_spans:
             batch["spans"] = torch.tensor([row["spans"] for row in rows]).view(len(rows), self.n_spans, 2)

@@ -80,7 +80,9 @@ class FinetuningData(ExampleData):
 
 
 def pad_segments(sequences: list[list[int]], boundaries: list[int]) -> dict[str, Tensor]:
-    """Sequences as ``tokens``, ``segments`` (N, T) and, unless all are equally long, ``padding`` (N, T), True = real.
+    """Sequences as ``tokens``, ``segments`` (N, T) and, unless all are equally long, ``padding`` and ``real``.
+
+    ``padding`` (N, T) is True at real tokens, and ``real`` (M,) their positions along the flattened (N, T).
 
     Args:
         sequences: token ids.
@@ -91,4 +93,5 @@ def pad_segments(sequences: list[list[int]], boundaries: list[int]) -> dict[str,
     batch = {"tokens": tokens, "segments": segments.long()}
     if not real.all():
         batch["padding"] = real
+        batch["real"] = real.flatten().nonzero().flatten()
     return batch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mhe_lightning.data.base import Batch
@@ -21,8 +22,9 @@ class MaskedLanguageModelingData(CorpusData):
     A row is ``[CLS]``, the next T - 2 tokens of the corpus with ``[SEP]`` between documents, and ``[SEP]``: the form
     of a finetuning example. What follows a row's first ``[SEP]`` is segment 1, so that both segments are trained; next
     sentences are not predicted (Liu et al. 2019 found no use in it). A batch has ``tokens``, ``targets`` (-100 where
-    nothing is predicted), ``segments`` (B, T), ``rows`` (B,), with ``document_mask`` also ``documents`` (B, T), and in
-    evaluation ``padding`` (B, T), for the last row, ``ordinary`` (B, T), True where a token is not a special one, and
+    nothing is predicted), ``segments`` (B, T), ``masked`` (M,), the positions along the flattened (B, T) where
+    something is predicted, ``rows`` (B,), with ``document_mask`` also ``documents`` (B, T), and in evaluation
+    ``padding`` (B, T), for the last row, ``ordinary`` (B, T), True where a token is not a special one, and
     ``mask_token`` (B,), the id of [MASK].
 
     Masks are drawn afresh in every epoch, as a function of (seed, epoch, row); in evaluation they are fixed, whatever
@@ -97,15 +99,24 @@ class MaskedLanguageModelingData(CorpusData):
             document_mask=self.document_mask,
         )
 
+    def collate(self, rows: list[Batch]) -> Batch:
+        batch = super().collate(rows)
+        return {**batch, "masked": _masked(batch["targets"])}
+
     def largest_batch(self, world_size: int) -> Batch:
         batch = super().largest_batch(world_size)
-        masked = round(self.mask_share * self.block_length)
-        batch["targets"][:, masked:] = IGNORE
-        return {**batch, "segments": torch.zeros_like(batch["tokens"])}
+        count = round(self.mask_share * self.block_length)
+        batch["targets"][:, count:] = IGNORE
+        return {**batch, "segments": torch.zeros_like(batch["tokens"]), "masked": _masked(batch["targets"])}
 
     def fingerprint(self) -> str:
         options = ("-whole-words" if self.whole_words else "") + ("-document-mask" if self.document_mask else "")
         return f"{super().fingerprint()}-masked-{self.mask_share}{options}"
+
+
+def _masked(targets: Tensor) -> Tensor:
+    """Where something is predicted, (M,): found on the host, for how many a device finds would be waited for."""
+    return (targets.flatten() != IGNORE).nonzero().flatten()
 
 
 class MaskedBlocks(Dataset[Batch]):

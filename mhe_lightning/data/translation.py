@@ -220,6 +220,9 @@ class TranslationData(ExampleData):
             "empty": [False] * rows,
         }
 
+    def largest_row(self) -> Batch:
+        return self.largest_batch(self.batch_tokens)
+
     def collate(self, rows: list[Batch]) -> Batch:
         tokens, real = pad([row["source"] for row in rows])
         # a row that stands for none has nothing to predict; neither has one whose target is hidden

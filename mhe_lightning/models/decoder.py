@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mhe_lightning.attention import AttentionFactory, KVCache
 from mhe_lightning.attention.cache import StaticKVCache
+from mhe_lightning.attention.products import Linear
 from mhe_lightning.models.layers import (
     Activation,
     Block,
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
             norm_first=True,
         )
         self.norm = nn.LayerNorm(width, eps=norm_eps, bias=bias)
-        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.head = Linear(width, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.token_embedding.weight
         self.init_weights()
@@ -120,8 +121,9 @@ class Decoder(nn.Module):
         documents: Tensor | None = None,
         padding: Tensor | None = None,
         caches: Sequence[KVCache] | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm, (B, T, D).
+        """Hidden states after the final norm, (B, T, D), or (B, ``last``, D).
 
         Args:
             tokens: (B, T) token ids.
@@ -131,6 +133,7 @@ class Decoder(nn.Module):
                 tokens. With caches, S covers what is cached and ``tokens``.
             caches: one `KVCache` per layer, for incremental decoding. With `StaticKVCache`s S is their ``max_length``,
                 tokens to come may be real or not, and the caller adds T to their position after the call.
+            last: only the last so many positions' are computed in the last block, all if not given.
 
         Raises:
             ValueError: more tokens than positions.
@@ -157,7 +160,7 @@ class Decoder(nn.Module):
             mask = real if mask is None else real & mask
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))  # (B, T, D)
         recompute = self.checkpoint_activations if self.training else False
-        x = run_blocks(self.blocks, x, mask, is_causal=static is None, caches=caches, recompute=recompute)
+        x = run_blocks(self.blocks, x, mask, is_causal=static is None, caches=caches, last=last, recompute=recompute)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

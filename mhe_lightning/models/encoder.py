@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mhe_lightning.attention import AttentionFactory
+from mhe_lightning.attention.unpadded import Unpadded
 from mhe_lightning.models.layers import (
     Activation,
     Recompute,
@@ -21,6 +22,9 @@ from mhe_lightning.models.layers import (
     run_blocks,
     sinusoids,
 )
+
+UNPAD_FROM = 0.05
+"""Share of padding in a batch from which on it is worth while to take it out."""
 
 
 class Encoder(nn.Module):
@@ -53,6 +57,7 @@ class Encoder(nn.Module):
     """
 
     causal = False
+    unpads = True
 
     def __init__(
         self,
@@ -112,8 +117,13 @@ class Encoder(nn.Module):
         documents: Tensor | None = None,
         padding: Tensor | None = None,
         kept: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states of the last block, (B, T, D), or (M, D) at the positions that are ``kept``.
+        """Hidden states of the last block, (B, T, D), or (K, D) at the positions that are ``kept``.
+
+        With ``real`` and enough padding (`UNPAD_FROM`) all but the attention itself is computed of real tokens alone,
+        and hidden states are zero at padding. Those of real tokens are the same either way, but for rounding and, in
+        training, which numbers dropout drops.
 
         Args:
             tokens: (B, T) token ids.
@@ -121,8 +131,10 @@ class Encoder(nn.Module):
             documents: (B, T) document ids of packed rows; tokens attend within their document only, and positions
                 count from its start.
             padding: (B, T) boolean, True = a real token; the others are not attended to.
-            kept: (M,) positions along the flattened (B, T) whose hidden states are wanted, all if not given; the last
-                block computes no others.
+            kept: (K,) positions along the flattened (B, T) whose hidden states are wanted, all if not given; the last
+                block computes no others. They are of real tokens.
+            real: (M,) positions of the real tokens along the flattened (B, T), where ``padding`` is True. Given beside
+                it because only a host that made the batch knows M without waiting for a device.
 
         Raises:
             ValueError: more tokens than positions.
@@ -139,7 +151,21 @@ class Encoder(nn.Module):
             mask = within if mask is None else mask & within
         if segments is None:
             segments = torch.zeros_like(tokens)
+        unpadded = None if padding is None else _unpadded(tokens, real)
+        if unpadded is not None:
+            positions = positions.expand_as(tokens)
+            tokens, positions, segments = (unpadded.gather(ids) for ids in (tokens, positions, segments))  # (M,)
+            if kept is not None:
+                kept = unpadded.spread(torch.arange(len(tokens), device=kept.device)).flatten()[kept]
         x = self.token_embedding(tokens) + self.position_embedding(positions) + self.segment_embedding(segments)
         recompute = self.checkpoint_activations if self.training else False
         x = self.dropout(self.norm(x))
-        return run_blocks(self.blocks, x, mask, is_causal=False, kept=kept, recompute=recompute)
+        x = run_blocks(self.blocks, x, mask, is_causal=False, kept=kept, unpadded=unpadded, recompute=recompute)
+        return x if unpadded is None or kept is not None else unpadded.spread(x)
+
+
+def _unpadded(tokens: Tensor, real: Tensor | None) -> Unpadded | None:
+    """The real tokens of a batch, if they are few enough for it to be worth while; ``real`` (M,) along (B, T)."""
+    if real is None or len(real) > (1 - UNPAD_FROM) * tokens.numel():
+        return None
+    return Unpadded(real, *tokens.shape)

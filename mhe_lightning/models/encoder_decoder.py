@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mhe_lightning.attention import Attention, AttentionFactory, KVCache
+from mhe_lightning.attention.products import Linear
 from mhe_lightning.models.layers import (
     Activation,
     LayerCaches,
@@ -117,7 +118,7 @@ class EncoderDecoder(nn.Module):
             cross_attention=cross_attention or attention,
             n_layers=n_layers if n_decoder_layers is None else n_decoder_layers,
         )
-        self.head = nn.Linear(width, vocab_size, bias=False)
+        self.head = Linear(width, vocab_size, bias=False)
         if tie_embeddings:
             self.head.weight = self.target_embedding.weight
         self.init_weights()

@@ -183,7 +183,7 @@ def next_logits(net: Decoder, tokens: Tensor, padding: Tensor | None, caches: Se
     captured as a CUDA graph, exported, or compiled without a graph break. To let ``torch.compile`` use CUDA graphs,
     mark the caches' tensors, which are written in place, with ``torch._dynamo.mark_static_address``.
     """
-    return net.logits(net(tokens, padding=padding, caches=caches)[:, -1])
+    return net.logits(net(tokens, padding=padding, caches=caches, last=1)[:, 0])
 
 
 def _check_lengths(net: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

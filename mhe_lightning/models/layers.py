@@ -14,7 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mhe_lightning.attention import Attention, AttentionFactory, KVCache
+from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import share, split_columns, split_rows
+from mhe_lightning.attention.unpadded import Unpadded
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Recompute = bool | Literal["selective"]
@@ -44,8 +46,8 @@ class FeedForward(nn.Module):
         if hidden < 1:
             raise ValueError(f"the feed-forward width ({hidden}) must be at least 1; 4 × width is usual")
         self.activation = activation
-        self.w_1 = nn.Linear(width, hidden, bias=bias)
-        self.w_2 = nn.Linear(hidden, width, bias=bias)
+        self.w_1 = Linear(width, hidden, bias=bias)
+        self.w_2 = Linear(hidden, width, bias=bias)
 
         self.mesh: DeviceMesh | None = None
 
@@ -113,12 +115,17 @@ class Block(nn.Module):
         is_causal: bool = False,
         cache: KVCache | None = None,
         kept: Tensor | None = None,
+        unpadded: Unpadded | None = None,
+        last: int | None = None,
     ) -> Tensor:
-        """(B, T, D) → (B, T, D), or (M, D) at the positions ``kept`` (M,), which count along the flattened (B, T).
+        """(B, T, D) → (B, T, D), or (K, D) at the positions ``kept`` (K,), which count along the flattened (B, T), or
+        (B, ``last``, D) at the last so many.
 
-        Nothing after the attention mixes positions, so those that are not kept need not be computed.
+        Nothing after the attention mixes positions, so those that are not kept need not be computed. What is before
+        the last is not even asked for: only its keys and values are. With ``unpadded`` ``x`` is (M, D), the real
+        tokens alone, and ``kept`` counts along these.
         """
-        return self.feed(self.attend(x, mask, is_causal, cache, kept))
+        return self.feed(self.attend(x, mask, is_causal, cache, kept, unpadded, last))
 
     def attend(
         self,
@@ -127,12 +134,19 @@ class Block(nn.Module):
         is_causal: bool = False,
         cache: KVCache | None = None,
         kept: Tensor | None = None,
+        unpadded: Unpadded | None = None,
+        last: int | None = None,
     ) -> Tensor:
         """The block's first half, its self-attention."""
         normed = self.norm_1(x) if self.norm_first else x
-        x = x + self.dropout(self.attention(normed, mask=mask, is_causal=is_causal, cache=cache))
+        options: dict[str, Any] = {}  # an attention of a user's own may not know of them
+        if unpadded is not None:
+            options["unpadded"] = unpadded
+        if last is not None and last < x.shape[1]:
+            x, options["last"] = x[:, -last:], last
+        x = x + self.dropout(self.attention(normed, mask=mask, is_causal=is_causal, cache=cache, **options))
         if kept is not None:
-            x = x.flatten(0, 1)[kept]
+            x = x.flatten(0, -2)[kept]
         return x if self.norm_first else self.norm_1(x)
 
     def feed(self, x: Tensor) -> Tensor:
@@ -283,14 +297,19 @@ def run_blocks(
     is_causal: bool,
     caches: Sequence[KVCache] | None = None,
     kept: Tensor | None = None,
+    unpadded: Unpadded | None = None,
+    last: int | None = None,
     recompute: Recompute = False,
 ) -> Tensor:
     """``x`` (B, T, D) through ``blocks``, each as `run_block` runs it.
 
-    With ``kept`` (M,), positions along the flattened (B, T), the result is (M, D) at these positions.
+    With ``kept`` (K,), positions along the flattened (B, T), the result is (K, D) at these positions; with ``last`` it
+    is (B, ``last``, D) at the last so many. With ``unpadded`` ``x`` is (M, D), the real tokens alone, and ``kept``
+    counts along these.
     """
     for i, block in enumerate(blocks):
-        arguments = (x, mask, is_causal, caches[i] if caches else None, kept if i == len(blocks) - 1 else None)
+        own_kept, own_last = (kept, last) if i == len(blocks) - 1 else (None, None)
+        arguments = (x, mask, is_causal, caches[i] if caches else None, own_kept, unpadded, own_last)
         x = run_block(block, *arguments, recompute=recompute)
     return x
 
@@ -319,6 +338,7 @@ DEAR = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.mhe_lightning.shared_score_attention.default,
     torch.ops._c10d_functional.all_reduce.default,  # of tensor parallelism
 )
 """Operators whose results selective checkpointing keeps."""

@@ -25,8 +25,9 @@ def linear_cross_entropy(
     """Sum of ``cross_entropy(hidden @ weightᵀ + bias, targets)`` without ever holding the logits of all tokens.
 
     Logits live for one chunk at a time, in float32 for the softmax; gradients are formed in the same pass, so that
-    the product with ``weight`` is not repeated in the backward pass. Positions whose target is ``-100`` are left out
-    before the product. First derivatives only.
+    the product with ``weight`` is not repeated in the backward pass. Positions whose target is ``-100`` count for
+    nothing: on a CPU they are left out before the product; elsewhere, where their number would have to be waited for,
+    they go through it as zeros. First derivatives only.
 
     Args:
         hidden: (..., D).
@@ -48,15 +49,18 @@ def linear_cross_entropy(
         raise ValueError(f"chunk_size ({chunk_size}) must be at least 1; 512 is the default")
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    kept = targets.flatten() != IGNORE
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    if not bool(kept.all()):
-        hidden, targets = hidden[kept], targets[kept]
+    predicted, kept = targets != IGNORE, None
+    if not _selects(hidden.device):
+        hidden = hidden.masked_fill(~predicted[:, None], 0.0)  # whatever is there: no part of the weight's gradient
+        kept = predicted
+    elif not bool(predicted.all()):
+        hidden, targets = hidden[predicted], targets[predicted]
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, label_smoothing, chunk_size)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, kept, label_smoothing, chunk_size)
     return loss
 
 
@@ -90,6 +94,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        kept: Tensor | None,
         label_smoothing: float,
         chunk_size: int,
     ) -> Tensor:
@@ -103,8 +108,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk_size):
                 part = slice(start, start + chunk_size)
                 h, t = hidden[part], targets[part]
+                k = None if kept is None else kept[part]
+                if k is not None:
+                    t = t.clamp_min(0)  # any token
                 log_p = _upcast(F.linear(h, weight, bias)).log_softmax(-1)  # (chunk, V)
-                total += _smoothed_loss(log_p, t, label_smoothing)
+                total += _smoothed_loss(log_p, t, k, label_smoothing)
                 if grad_hidden is None or grad_weight is None:
                     continue
                 grad_logits = _logit_gradient(log_p, t, label_smoothing).to(h.dtype)
@@ -114,7 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += grad_logits.T @ h
                 if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0)
+                    grad_bias += grad_logits.sum(0) if k is None else k.to(grad_logits.dtype) @ grad_logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
@@ -132,14 +140,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
-def _smoothed_loss(log_p: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    loss = -log_p.gather(1, targets[:, None]).sum()
+def _selects(device: torch.device) -> bool:
+    """Whether positions without a target are left out; how many there are is waited for."""
+    return device.type == "cpu"
+
+
+def _smoothed_loss(log_p: Tensor, targets: Tensor, kept: Tensor | None, smoothing: float) -> Tensor:
+    loss = -_sum(log_p.gather(1, targets[:, None])[:, 0], kept)
     if smoothing:
-        loss = (1 - smoothing) * loss - smoothing * log_p.mean(-1).sum()
+        loss = (1 - smoothing) * loss - smoothing * _sum(log_p.mean(-1), kept)
     return loss
+
+
+def _sum(numbers: Tensor, kept: Tensor | None) -> Tensor:
+    return numbers.sum() if kept is None else numbers.masked_fill(~kept, 0.0).sum()
 
 
 def _logit_gradient(log_p: Tensor, targets: Tensor, smoothing: float) -> Tensor:

@@ -36,6 +36,8 @@ class Sampling:
 
     def choose_each(self, logits: Tensor, streams: Sequence[torch.Generator]) -> Tensor:
         """Tokens (B,) from ``logits`` (B, V), one row after another on the CPU, each with its random stream."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
         return torch.tensor([self._choose(row, s) for row, s in zip(logits.cpu(), streams, strict=True)])
 
     def choose_all(self, logits: Tensor, uniform: Tensor) -> Tensor:

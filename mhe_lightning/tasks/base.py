@@ -222,16 +222,18 @@ class Task(LightningModule):
         # the gradient now is that of the sum over this rank's targets, over micro-batches and averaged over ranks
         # (Lightning divides by the former, data parallelism by the latter)
         scale = self.trainer.accumulate_grad_batches * _data_parallel_size(self) / totals[1].clamp_min(1)
-        for parameter in self.parameters():
-            if parameter.grad is not None:
-                own_part(parameter.grad).mul_(scale.to(parameter.grad))
+        gradients = [own_part(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, scale.to(gradients[0]))
         rate = self.lr * self.learning_rate(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate
         self.tokens_seen += totals[2].long()
         self._step_loss = totals[0] / totals[1].clamp_min(1)
         self.log("train/loss", self._step_loss, prog_bar=True)
-        self.log_dict({"lr": rate, "tokens_seen": self.tokens_seen.float(), "step": float(self.global_step + 1)})
+        # tensors of the host: Lightning copies mere numbers to the device, and waits for it
+        on_host = {"lr": torch.tensor(rate), "step": torch.tensor(self.global_step + 1.0)}
+        self.log_dict({**on_host, "tokens_seen": self.tokens_seen.float()})
 
     def check_tokenizer(self, sha256: str) -> None:
         """Refuse data of another tokenizer than this task's own; most tasks take any.
@@ -296,8 +298,15 @@ def results_of(metric: Metric) -> dict[str, Tensor]:
 
 
 def net_inputs(net: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What a batch has besides tokens that the net takes: a decoder has no segments."""
-    names = ("documents", "padding") if net.causal else ("segments", "documents", "padding")
+    """What a batch has besides tokens that the net takes: a decoder has no segments.
+
+    ``real``, the places of the real tokens, is for nets that say that they ``unpads``.
+    """
+    names = ["documents", "padding"]
+    if not net.causal:
+        names.append("segments")
+    if getattr(net, "unpads", False):
+        names.append("real")
     return {name: batch[name] for name in names if name in batch}
 
 
@@ -305,7 +314,12 @@ def tokens_read(batch: Mapping[str, Any]) -> Tensor:
     """How many tokens of a batch are not padding, a scalar on the batch's device."""
     if "padding" in batch:
         return batch["padding"].sum()
-    return torch.tensor(batch["tokens"].numel(), device=batch["tokens"].device)
+    return number_on(batch["tokens"].device, batch["tokens"].numel())
+
+
+def number_on(device: torch.device, number: int) -> Tensor:
+    """An integer scalar on a device, filled in there: to copy it from the host would wait for the device."""
+    return torch.full((), number, device=device)
 
 
 def learning_rate_schedule(

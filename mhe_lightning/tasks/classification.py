@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from mhe_lightning.distributed import gather_rows
 from mhe_lightning.metrics import compute_metrics
 from mhe_lightning.models.heads import Pooling, SequenceHead
-from mhe_lightning.tasks.base import Task, net_inputs, tokens_read
+from mhe_lightning.tasks.base import Task, net_inputs, number_on, tokens_read
 
 Batch = dict[str, Any]
 Row = dict[str, Any]
@@ -96,7 +95,7 @@ class SequenceClassification(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         losses = self._losses(self.forward(batch), batch)  # self(batch) would shard the root twice (FSDP2)
-        return self.accumulate(losses.sum(), torch.tensor(len(losses), device=losses.device), tokens_read(batch))
+        return self.accumulate(losses.sum(), number_on(losses.device, len(losses)), tokens_read(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         scores = self(batch)
@@ -120,9 +119,8 @@ class SequenceClassification(Task):
     def _losses(self, scores: Tensor, batch: Batch) -> Tensor:
         """Of each example, (B,); nan where its label is hidden."""
         if self.problem == "choice":
-            by_example = _by_example(scores[:, 0], batch["example"], len(batch["rows"]))
-            right = _by_example(scores[:, 0].masked_fill(~batch["right"], -math.inf), batch["example"], len(by_example))
-            return by_example.logsumexp(1) - right.logsumexp(1)
+            right = scores[:, 0].masked_fill(~batch["right"], -math.inf)
+            return _by_example(scores[:, 0], batch).logsumexp(1) - _by_example(right, batch).logsumexp(1)
         labels = batch["labels"]
         if self.problem == "value":
             return (scores[:, 0] - labels.to(scores.dtype)) ** 2
@@ -133,7 +131,7 @@ class SequenceClassification(Task):
     def _predictions(self, scores: Tensor, batch: Batch) -> list[Row]:
         numbers: list[Any]
         if self.problem == "choice":
-            by_example = _by_example(scores[:, 0], batch["example"], len(batch["rows"]))
+            by_example = _by_example(scores[:, 0], batch)
             predictions = by_example.argmax(1).tolist()
             numbers = [[x for x in row if x != -math.inf] for row in by_example.tolist()]
         else:
@@ -185,9 +183,7 @@ class SequenceClassification(Task):
         return {**results, "score": math.fsum(scores) / len(scores)}
 
 
-def _by_example(values: Tensor, example: Tensor, n_examples: int) -> Tensor:
-    """Values (N,) of sequences as (B, most per example), -inf where an example has fewer; ``example`` ascends."""
-    counts = torch.bincount(example, minlength=n_examples)
-    place = torch.arange(len(values), device=values.device) - (counts.cumsum(0) - counts)[example]
-    table = values.new_full((n_examples, int(counts.max())), -math.inf)
-    return table.index_put((example, place), values)
+def _by_example(values: Tensor, batch: Batch) -> Tensor:
+    """Values (N,) of sequences as (B, most per example), -inf where an example has fewer."""
+    sequences: Tensor = batch["candidates"]
+    return values[sequences.clamp_min(0)].masked_fill(sequences < 0, -math.inf)

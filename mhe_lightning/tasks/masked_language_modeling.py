@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from mhe_lightning.models.heads import MaskedTokenHead
 from mhe_lightning.models.loss import IGNORE
-from mhe_lightning.tasks.base import Task, net_inputs, results_of, tokens_read
+from mhe_lightning.tasks.base import Task, net_inputs, number_on, results_of, tokens_read
 
 Batch = dict[str, Any]
 
@@ -52,7 +52,7 @@ class MaskedLanguageModeling(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         hidden, targets = self._masked(batch)
         loss = self.head.loss(hidden, self._embeddings(), targets)
-        return self.accumulate(loss, torch.tensor(len(targets), device=loss.device), tokens_read(batch))
+        return self.accumulate(loss, number_on(loss.device, len(targets)), tokens_read(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         hidden, targets = self._masked(batch)
@@ -74,7 +74,8 @@ class MaskedLanguageModeling(Task):
             positions = batch["ordinary"][i].nonzero().flatten()
             if row < 0 or len(positions) == 0:
                 continue
-            likelihood = self._pseudo_likelihood({key: value[i] for key, value in batch.items()}, positions)
+            own = {key: value[i] for key, value in batch.items() if key != "masked"}
+            likelihood = self._pseudo_likelihood(own, positions)
             ppl = math.exp(-likelihood / len(positions))
             found.append({"row": row, "tokens": len(positions), "pseudo_log_likelihood": likelihood, "pseudo_ppl": ppl})
         return found
@@ -96,7 +97,8 @@ class MaskedLanguageModeling(Task):
     def _masked(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states (M, D) and targets (M,) of the masked positions."""
         targets = batch["targets"].flatten()
-        kept = (targets != IGNORE).nonzero().flatten()
+        # the host that made the batch knows where they are; how many a device finds is waited for
+        kept = batch["masked"] if "masked" in batch else (targets != IGNORE).nonzero().flatten()
         return self.net(batch["tokens"], **net_inputs(self.net, batch), kept=kept), targets[kept]
 
     def _embeddings(self) -> Tensor:

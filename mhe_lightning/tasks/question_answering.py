@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mhe_lightning.distributed import gather_rows
 from mhe_lightning.metrics.squad import Answered, Span, best_spans, merge_windows, squad_scores
 from mhe_lightning.models.heads import SpanHead
-from mhe_lightning.tasks.base import Task, net_inputs, tokens_read
+from mhe_lightning.tasks.base import Task, net_inputs, number_on, tokens_read
 
 Batch = dict[str, Any]
 Row = dict[str, Any]
@@ -99,7 +99,7 @@ class ExtractiveQuestionAnswering(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         start, end = self.forward(batch)  # self(batch) would shard the root twice (FSDP2)
         losses = _losses(start, end, batch)
-        return self.accumulate(losses.sum(), torch.tensor(len(losses), device=losses.device), tokens_read(batch))
+        return self.accumulate(losses.sum(), number_on(losses.device, len(losses)), tokens_read(batch))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         start, end = self(batch)

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from mhe_lightning import run
@@ -51,6 +52,7 @@ from mhe_lightning.parsing import as_user_error, data_module
 from mhe_lightning.pretrained import load_pretrained, take_tokenizer
 from mhe_lightning.signals import END_SIGNALS, requeue, take_over
 from mhe_lightning.strategies import Sharded
+from mhe_lightning.tracing import forward_flops_per_token
 
 
 def main(verb: str, args: list[str]) -> None:
@@ -191,13 +193,14 @@ class TrainCLI(ExperimentCLI):
         if not (sys.stdout.isatty() and sys.stderr.isatty()):
             kwargs["enable_progress_bar"] = False  # plain lines instead
         elif options.enable_progress_bar is not False:
-            # the default bar shows "Epoch 0/-2" for training that ends at a step
-            kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar()]
+            # the default bar shows "Epoch 0/-2" for training that ends at a step; to show a loss, a GPU is waited for
+            refresh_rate = (options.log_every_n_steps or 50) if torch.cuda.is_available() else 1
+            kwargs["callbacks"] = [*(options.callbacks or []), TQDMProgressBar(refresh_rate)]
         trainer = super().instantiate_trainer(default_root_dir=str(self.folder), logger=logger, **kwargs)
         if self.subcommand == "fit":
             take_over(trainer)
         seed = int(self.config[self.subcommand].seed_everything)
-        throughput = Throughput()
+        throughput = Throughput(self._training_flops_per_token() if self.subcommand == "fit" else None)
         observers = [self.config_init[self.subcommand][name] for name in run.OBSERVING]
         for observer in observers:  # they go before those that write what they log
             trainer.callbacks.remove(observer)  # type: ignore[attr-defined]
@@ -210,6 +213,16 @@ class TrainCLI(ExperimentCLI):
         # Checkpoints, which Lightning keeps last, must see what the others did with a batch
         trainer.callbacks[:0] = added  # type: ignore[attr-defined]
         return trainer
+
+    def _training_flops_per_token(self) -> float | None:
+        """Three times the forward pass's over a whole row, as `plan` counts them; None where they cannot be counted."""
+        if not isinstance(self.datamodule, ExactDataModule):
+            return None
+        try:
+            return 3 * forward_flops_per_token(self.model, self.datamodule.largest_row())
+        except ValueError as error:  # a task or data of the user's own
+            rank_zero_info(f"no mfu: {error}")
+            return None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}

@@ -101,9 +101,41 @@ def test_cross_attention_computes_keys_and_values_once(module, x):
     assert cache.length == 7
 
 
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+@pytest.mark.parametrize("last", [1, 3, 5])
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+def test_the_last_positions_alone_are_as_among_all_and_all_are_stored(module, x, mask, last, static):
+    mask = mask()
+    expected = module(x, mask=mask, is_causal=True)
+    if mask is not None and static:
+        mask = torch.cat([mask, torch.ones(*mask.shape[:3], 3, dtype=torch.bool)], dim=3)
+    seen = [None if mask is None else mask[:, :, rows] for rows in (slice(0, 6), slice(6, T))]
+    seen = [m if m is None or m.shape[2] else mask for m in seen]  # one row for all
+    cache = static_cache() if static else KVCache(T)
+    for chunk, part in zip((x[:, :6], x[:, 6:]), seen, strict=True):
+        keys = slice(None) if static else slice(0, cache.length + chunk.shape[1])
+        found = module(chunk, mask=None if part is None else part[..., keys], is_causal=True, cache=cache, last=last)
+        if static:
+            cache.position.add_(chunk.shape[1])
+        assert_near(found, expected[:, cache.length - last : cache.length], 1e-12)
+    assert cache.length == T
+
+
+def test_the_last_positions_alone_need_no_cache(module, x):
+    context = torch.randn(3, 7, 12, dtype=torch.float64)
+    assert_near(module(x, is_causal=True, last=2), module(x, is_causal=True)[:, -2:])
+    assert_near(module(x, context, last=2), module(x, context)[:, -2:])
+
+
+@pytest.mark.parametrize("last", [0, T + 1])
+def test_more_or_fewer_last_positions_than_there_are_are_refused(module, x, last):
+    with pytest.raises(ValueError, match=rf"last \({last}\) must be from 1 to the {T} positions"):
+        module(x, last=last)
+
+
 def test_self_attention_computes_keys_and_values_of_new_tokens_only(module, x):
-    lengths, key_value = [], module.key_value
-    module.key_value = lambda c: lengths.append(c.shape[1]) or key_value(c)
+    lengths, project = [], module._project
+    module._project = lambda x, c: lengths.append(c.shape[1]) or project(x, c)
     decode(module, x, [4, 1, 6], KVCache(T))
     assert lengths == [4, 1, 6]
 
@@ -135,6 +167,32 @@ def test_reorder_goes_on_with_the_chosen_rows(module, x, rows):
     cache.reorder(rows)
     chosen = torch.cat([x[rows, :6], torch.randn(len(rows), T - 6, 12, dtype=torch.float64)], dim=1)
     assert_near(decode(module, chosen, [1] * (T - 6), cache), module(chosen, is_causal=True)[:, 6:])
+
+
+def test_reorder_leaves_what_is_shared_where_it_is(module, x):
+    x = torch.cat([x[:1, :4].expand(3, -1, -1), x[:, 4:]], dim=1)  # all rows begin alike
+    rows, cache, whole = torch.tensor([2, 0, 0]), KVCache(T), KVCache(T)
+    for c in (cache, whole):
+        decode(module, x, [5, 1], c)
+    for buffer in cache._buffers:
+        buffer[1, :, :4] = 1e9  # would be lost if it were written over
+    cache.reorder(rows, shared=4)
+    whole.reorder(rows)
+    for shared, copied in zip(cache.stored(), whole.stored(), strict=True):
+        assert bool((shared[1, :, :4] == 1e9).all())
+        assert_near(shared[[0, 2]], copied[[0, 2]], 1e-12)
+        assert torch.equal(shared[:, :, 4:], copied[:, :, 4:])
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared", "named"),
+    [([1, 0, 2], 7, r"shared \(7\) must be from 0 to the 6 tokens"), ([1, 0], 2, "must be 0 where 3 rows become 2")],
+)
+def test_what_cannot_be_shared_is_refused(module, x, rows, shared, named):
+    cache = KVCache(T)
+    decode(module, x, [6], cache)
+    with pytest.raises(ValueError, match=named):
+        cache.reorder(torch.tensor(rows), shared=shared)
 
 
 def test_reorder_of_a_cross_attention_cache_follows_the_context(module, x):

@@ -397,7 +397,9 @@ def test_candidates_of_a_choice_are_sequences_of_their_own(super_glue, tmp_path)
     batch = next(iter(data.train_dataloader()))
     counts = [len(info["choices"]) for info in batch["info"]]
     assert batch["tokens"].shape[0] == sum(counts) == len(batch["right"])
-    assert batch["example"].tolist() == [i for i, count in enumerate(counts) for _ in range(count)]
-    for i, info in enumerate(batch["info"]):
-        right = batch["right"][batch["example"] == i].tolist()
+    candidates = [own[own >= 0] for own in batch["candidates"]]
+    assert torch.cat(candidates).tolist() == list(range(sum(counts)))
+    assert [len(own) for own in candidates] == counts
+    for own, info in zip(candidates, batch["info"], strict=True):
+        right = batch["right"][own].tolist()
         assert right == [choice in info["answers"] for choice in info["choices"]]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention.oracle import VARIANTS
+from mhe_lightning.attention import KVCache
 from mhe_lightning.models import EncoderDecoder, Hypothesis, beam_search
 
 VOCABULARY, WIDTH, HEADS, POSITIONS = 9, 16, 4, 32
@@ -501,6 +502,31 @@ def test_the_source_is_encoded_once_and_its_keys_and_values_are_computed_once(mo
     steps = counts["decode"]
     assert steps > 5
     assert counts == {"encode": 1, "decode": steps, "cross 0": 1, "cross 1": 1, "own 0": steps, "own 1": steps}
+
+
+@pytest.mark.parametrize("variant", ["mha", "mqa"])
+def test_what_hypotheses_share_is_not_moved_when_they_change_places(variant, monkeypatch):
+    moved = held = 0
+    reorder = KVCache.reorder
+
+    def counted(cache, rows, shared=0):
+        nonlocal moved, held
+        if shared:
+            for t in cache.stored():
+                assert torch.allclose(t[rows, :, :shared], t[:, :, :shared], rtol=0.0, atol=1e-12)
+        if cache.max_length > 20:  # the target's
+            moved, held = moved + cache.length - shared, held + cache.length
+        reorder(cache, rows, shared)
+
+    monkeypatch.setattr(KVCache, "reorder", counted)
+    net, sources = without_end(random_net(variant)), random_sources(n=3)
+    try:
+        found = search(net, sources, beam_size=3, n_best=3, extra_tokens=25)
+    finally:
+        del net.logits  # the net is used again
+    assert max(lengths_of(found)) > 25
+    assert held > 500
+    assert moved < 0.6 * held
 
 
 # What is refused

@@ -122,6 +122,17 @@ def test_cached_decoding_with_left_padding_equals_the_full_forward_pass(name):
     torch.testing.assert_close(actual[1:], net(tokens[1:]), rtol=0.0, atol=1e-12)
 
 
+@every_attention
+@torch.no_grad()
+def test_the_last_position_alone_is_as_among_all(name):
+    net = decoder(name, dtype=torch.float64)
+    tokens, padding = draw(2, 12), torch.ones(2, 12, dtype=torch.bool)
+    padding[0, :4] = False
+    for settings in ({}, {"padding": padding}, {"documents": (torch.arange(12) // 5).expand(2, -1)}):
+        expected = net(tokens, **settings)[:, -1:]
+        torch.testing.assert_close(net(tokens, **settings, last=1), expected, rtol=0.0, atol=1e-12)
+
+
 # The loss
 
 
