@@ -46,8 +46,8 @@ class MHE(Attention):
     is re-weighted for every head (`mhe_lightning.attention.kernels.shared_scores`). The results are the same up to
     rounding; it is faster where there are many heads and queries. ``form`` "auto" takes it on a CPU where their product
     is `WORTHWHILE`, and scores of each head over shared keys and values ("shared_kv") otherwise, on other devices and
-    in ``torch.export``. "shared_scores" takes it on a GPU too, where it is a Triton kernel. Neither ever takes it where it
-    does not apply: with attention dropout in training, with a mask for each head, and behind cached keys.
+    in ``torch.export``. "shared_scores" takes it on a GPU too, where it is a Triton kernel. Neither ever takes it where
+    it does not apply: with attention dropout in training, with a mask for each head, and behind cached keys.
 
     Source: Xue & Aletras 2023, *Pit One Against Many*, Findings of EMNLP, arXiv 2310.07911.
 
