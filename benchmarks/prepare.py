@@ -6,7 +6,9 @@ All read one parquet file (Python's own prose with words exchanged, or `--path`)
 
 * prepare: our `prepare`, without and with documents held out (and so without duplicates);
 * bare: `encode_batch_fast` of batches of as much text, and the ids into a memory map; nothing is counted or hashed;
-* datasets: `load_dataset`, `map` with `encode_batch_fast`, `map` with the usual `group_texts`, on all cores.
+* datasets: `load_dataset`, `map` with `encode_batch_fast`, `map` with `group_texts` of nothing but ids, on all cores;
+* datasets, transformers: the same as language-modelling scripts have it, with a `PreTrainedTokenizerFast`, which also
+  gives attention masks, and labels copied from the ids (and no end-of-text tokens).
 
 Each run is a process of its own, interleaved; CPU time is user and system time of it and its children after its
 imports; memory is the largest sum over them of what is theirs (PSS), looked up ten times a second, and beside it what
@@ -28,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,9 @@ from tokenizers import Tokenizer
 ROW_GROUP = 10_000
 BATCH_BYTES = 128_000  # as in prepare; the bare run, too, is slower with much larger ones
 SAMPLING_S = 0.1
-REFERENCE, BARE = "datasets", "bare"
-CANDIDATES = ("prepare", "prepare, held out", BARE, REFERENCE)
+BARE, LEAN, USUAL = "bare", "datasets", "datasets, transformers"
+REFERENCES = (USUAL, LEAN, BARE)
+CANDIDATES = ("prepare", "prepare, held out", BARE, LEAN, USUAL)
 
 
 # --- the candidates: each runs in a process of its own and returns tokens and their hash
@@ -86,23 +89,20 @@ def bare(corpus: Path, tokenizer: Path, folder: Path, **_: Any) -> Callable[[], 
 
 
 def mapped(
-    corpus: Path, tokenizer: Path, folder: Path, processes: int, block_length: int, **_: Any
+    corpus: Path, tokenizer: Path, folder: Path, processes: int, block_length: int, usual: bool = False, **_: Any
 ) -> Callable[[], dict[str, Any]]:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     import datasets
 
     datasets.disable_progress_bars()
-    encoder = Tokenizer.from_file(str(tokenizer))
-    end = end_of_text(encoder)
-
-    def tokenize(rows: dict[str, list[str]]) -> dict[str, Any]:
-        encodings = encoder.encode_batch_fast(rows["text"], add_special_tokens=False)
-        return {"input_ids": [[*encoding.ids, end] for encoding in encodings]}
+    tokenize = usual_tokenize(tokenizer) if usual else lean_tokenize(tokenizer)
 
     def group_texts(rows: dict[str, list[list[int]]]) -> dict[str, Any]:
-        joined = [token for row in rows["input_ids"] for token in row]
-        total = len(joined) // block_length * block_length
-        return {"input_ids": [joined[i : i + block_length] for i in range(0, total, block_length)]}
+        joined = {name: list(chain(*column)) for name, column in rows.items()}
+        total = len(joined["input_ids"]) // block_length * block_length
+        starts = range(0, total, block_length)
+        blocks = {name: [tokens[i : i + block_length] for i in starts] for name, tokens in joined.items()}
+        return {**blocks, "labels": blocks["input_ids"].copy()} if usual else blocks
 
     def run() -> dict[str, Any]:
         data = datasets.load_dataset("parquet", data_files=str(corpus), cache_dir=str(folder), split="train")
@@ -113,11 +113,30 @@ def mapped(
     return run
 
 
+def lean_tokenize(tokenizer: Path) -> Callable[[dict[str, list[str]]], dict[str, Any]]:
+    encoder = Tokenizer.from_file(str(tokenizer))
+    end = end_of_text(encoder)
+
+    def tokenize(rows: dict[str, list[str]]) -> dict[str, Any]:
+        encodings = encoder.encode_batch_fast(rows["text"], add_special_tokens=False)
+        return {"input_ids": [[*encoding.ids, end] for encoding in encodings]}
+
+    return tokenize
+
+
+def usual_tokenize(tokenizer: Path) -> Callable[[dict[str, list[str]]], Any]:
+    from transformers import PreTrainedTokenizerFast
+
+    encoder = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer))
+    return lambda rows: encoder(rows["text"], return_token_type_ids=False)
+
+
 MAKERS: dict[str, Callable[..., Callable[[], dict[str, Any]]]] = {
     "prepare": partial(packed, held_out=0.0),
     "prepare, held out": partial(packed, held_out=0.05),
     BARE: bare,
-    REFERENCE: mapped,
+    LEAN: mapped,
+    USUAL: partial(mapped, usual=True),
 }
 
 
@@ -264,7 +283,7 @@ def compare_preparing(options: argparse.Namespace, corpus: Path) -> dict[str, An
     rows: dict[str, Any] = {}
     for name, measured in runs.items():
         rows[name] = {"tokens": measured[0]["tokens"], "cpu_seconds": quartiles(cpu[name])}
-        for reference in (REFERENCE, BARE):
+        for reference in REFERENCES:
             if reference in runs:
                 rows[name][f"cpu_times_{reference}"] = compared(cpu, reference)[name][f"times_{reference}"]
         rows[name]["wall_seconds"] = quartiles([run["wall"] for run in measured])
@@ -347,7 +366,7 @@ def table_of(results: dict[str, Any]) -> str:
 
     text = ""
     if rows := results.get("preparing"):
-        references = [name for name in (REFERENCE, BARE) if name in rows]
+        references = [name for name in REFERENCES if name in rows]
         head = ["", "CPU s", *(f"× {name}" for name in references), "wall s", "peak MB", "before MB", "tokens / CPU s"]
         text += markdown_table(
             head,
@@ -427,8 +446,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     from mhe_lightning.data.sources import open_source
     from mhe_lightning.data.tokenizer import train_tokenizer
 
-    if REFERENCE in options.candidates:
-        peer("datasets", "pip install datasets")
+    if USUAL in options.candidates:
+        peer("transformers", "pip install 'mhe-lightning[hf]'")
     with tempfile.TemporaryDirectory() as temporary:
         options.folder = options.folder or Path(temporary)
         source = open_source(options.path, text_column=options.text_column)
@@ -448,7 +467,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     table = table_of(results)
     print(table, end="")
     if options.out:
-        about = description("tokenizers", "datasets", "pyarrow", "numpy")
+        peers = ["transformers"] if USUAL in options.candidates else []
+        about = description("tokenizers", "datasets", "pyarrow", "numpy", *peers)
         options.tokenizer, options.folder = options.tokenizer.name, None
         write_results(options.out, options, about, **results)
         options.out.with_suffix(".md").write_text(table, encoding="utf-8")

@@ -48,17 +48,25 @@ def test_prepare_and_the_bare_run_write_the_same_tokens(benchmark, corpus):
     assert ours["tokens"] == bare["tokens"] > len(TEXTS)
 
 
-def test_the_peer_gives_the_same_tokens_in_blocks(benchmark, corpus, monkeypatch):
+def test_the_lean_peer_gives_the_same_tokens_in_blocks(benchmark, corpus, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # it sets this
     kept = []
     original = datasets.Dataset.map
     monkeypatch.setattr(datasets.Dataset, "map", lambda *a, **k: kept.append(original(*a, **k)) or kept[-1])
     run(benchmark, "prepare", corpus)
-    run(benchmark, benchmark.REFERENCE, corpus)
+    run(benchmark, benchmark.LEAN, corpus)
     ours = open_corpus(next((corpus.parent / "prepare").iterdir())).split("train")
     theirs = np.concatenate(kept[-1]["input_ids"])
     np.testing.assert_array_equal(ours.read(1, len(theirs) + 1), theirs)
     assert len(ours) - 1 - len(theirs) < BLOCK
+
+
+def test_the_usual_peer_gives_all_tokens_but_the_ends_of_documents_and_what_fills_no_block(
+    benchmark, corpus, monkeypatch
+):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # it sets this
+    ours, theirs = (run(benchmark, name, corpus)["tokens"] for name in ("prepare", benchmark.USUAL))
+    assert 0 <= ours - 1 - len(TEXTS) - theirs < BLOCK
 
 
 def test_memory_is_that_of_this_process_and_of_none_that_is_gone(benchmark):

@@ -221,10 +221,10 @@ def test_only_a_few_batches_are_read_ahead(monkeypatch):
             taken += 1
             yield "train", Piece(document(number), True)
 
-    encoded = packing.encoded(packing.in_batches(pieces()), tokenizer)
+    encoded = packing.encoded(packing.in_batches(pieces()), tokenizer, threads=2)
     for number in range(1, 6):
-        batch, encodings = next(encoded)
-        assert len(batch) == len(encodings) < 30
+        batch, tokens = next(encoded)
+        assert len(batch) == len(tokens) < 30
         assert taken < 30 * (number + 2)
     encoded.close()
 
