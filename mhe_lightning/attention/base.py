@@ -35,6 +35,11 @@ class Attention(nn.Module):
         ValueError: an argument is out of range.
     """
 
+    positionwise = True
+    """Whether queries, keys and values of a token are made from that token alone, wherever it is: then they may be made
+    of real tokens without the padding between them, and of the last positions only. A variant for which this does not
+    hold says so."""
+
     _shares_key_value = False
     """Whether one projection makes the keys and values of all heads."""
 
@@ -150,7 +155,7 @@ class Attention(nn.Module):
         self._check_inputs(x, context)
         B, T = x.shape[:2] if unpadded is None else (unpadded.batch, unpadded.length)
         before = 0 if last is None else T - last  # positions that do not ask
-        if not 0 <= before < T or (before and unpadded is not None):
+        if last is not None and (not 0 <= before < T or (before and unpadded is not None)):
             raise ValueError(f"last ({last}) must be from 1 to the {T} positions of x, which are not unpadded")
         past: int | Tensor = 0
         if isinstance(cache, StaticKVCache):
@@ -296,6 +301,11 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.width}, n_heads={self.n_heads}, dropout={self.dropout}"
+
+
+def takes_parts(attention: nn.Module) -> bool:
+    """Whether an attention, which may be a user's own, takes ``unpadded`` and ``last`` as `Attention.forward` does."""
+    return isinstance(attention, Attention) and attention.positionwise and type(attention).forward is Attention.forward
 
 
 class AttentionFactory(Protocol):

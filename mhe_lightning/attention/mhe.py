@@ -46,8 +46,8 @@ class MHE(Attention):
     is re-weighted for every head (`mhe_lightning.attention.kernels.shared_scores`). The results are the same up to
     rounding; it is faster where there are many heads and queries. ``form`` "auto" takes it on a CPU where their product
     is `WORTHWHILE`, and scores of each head over shared keys and values ("shared_kv") otherwise, on other devices and
-    in ``torch.export``. "shared_scores" takes it on a GPU too, where it is a Triton kernel. Neither ever takes it where it
-    does not apply: with attention dropout in training, with a mask for each head, and behind cached keys.
+    in ``torch.export``. "shared_scores" takes it on a GPU too, where it is a Triton kernel. Neither ever takes it where
+    it does not apply: with attention dropout in training, with a mask for each head, and behind cached keys.
 
     Source: Xue & Aletras 2023, *Pit One Against Many*, Findings of EMNLP, arXiv 2310.07911.
 
@@ -99,7 +99,7 @@ class MHE(Attention):
         return x, x, context
 
     def query(self, x: Tensor) -> Tensor:
-        return self._of_heads(self._queries(x))
+        return self._of_heads(self._shared(self.w_q(x)))
 
     def key_value(self, context: Tensor) -> tuple[Tensor, ...]:
         return self._shared(self.w_k(context)), self._shared(self.w_v(context))  # (B, 1, S, d) each
@@ -122,8 +122,9 @@ class MHE(Attention):
 
     def _project(self, x: Tensor, context: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         projections = (self.w_q, self.w_k, self.w_v)
-        tokens = x.shape[0] * x.shape[1]
-        if x is not context or tokens < self.width or self.mesh is not None or not all(map(_is_plain, projections)):
+        fused = x is context and x.shape[0] * x.shape[1] >= self.width and self.mesh is None and not self._is_another
+        biases = {p.bias is None for p in projections}
+        if not fused or len(biases) > 1 or not all(map(_is_plain, projections)):
             return super()._project(x, context)
         # one product of width 3d: x is read once, and its gradient written once
         weight = torch.cat([p.weight for p in projections])
@@ -131,8 +132,14 @@ class MHE(Attention):
         q, k, v = F.linear(x, weight, bias).unsqueeze(1).chunk(3, -1)
         return q, (k, v)
 
+    @property
+    def _is_another(self) -> bool:
+        """Whether a subclass makes queries, keys or values in a way of its own, which is to be taken then."""
+        return type(self).query is not MHE.query or type(self).key_value is not MHE.key_value
+
     def _queries(self, x: Tensor) -> Tensor:
-        return self._shared(self.w_q(x))  # (B, 1, T, d), before the embeddings
+        # (B, 1, T, d), before the embeddings
+        return self.query(x) if self._is_another else self._shared(self.w_q(x))
 
     def _shared(self, projected: Tensor) -> Tensor:
         """(B, T, d) → (B, 1, T, d), what all heads share."""
@@ -154,6 +161,8 @@ class MHE(Attention):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, past: int | Tensor = 0
     ) -> Tensor:
+        if self._is_another:
+            return super()._attend(q, k, v, mask, is_causal, past)
         if not self._shares_scores(q, mask, past):
             return super()._attend(self._of_heads(q), k, v, mask, is_causal, past)
         e_q = self._added_queries().to(q.dtype)
@@ -191,4 +200,5 @@ class MHE(Attention):
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a layer is but its weight and bias, so that these may be used without calling it."""
-    return type(linear) in (nn.Linear, Linear) and not linear._forward_hooks and not linear._forward_pre_hooks
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) in (nn.Linear, Linear) and not any(hooks) and "forward" not in vars(linear)

@@ -15,7 +15,10 @@ BLOCK = 512
 
 
 class Linear(nn.Linear):
-    """``torch.nn.Linear``, with `linear` as its product."""
+    """``torch.nn.Linear``, with `linear` as its product.
+
+    What goes by a layer's exact type, as ``torch.ao.quantization.quantize_dynamic`` does, has to be given this one too.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)

@@ -34,6 +34,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begun)
     if on_gpu:
+        del a, b
         torch.cuda.reset_peak_memory_stats(device)  # what training needs is recorded
     return 2 * size**3 / min(seconds)
 

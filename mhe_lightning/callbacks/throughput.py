@@ -15,7 +15,7 @@ from mhe_lightning.distributed import all_reduce_sum
 
 
 class Throughput(Callback):
-    """Logs ``tokens_per_second``: targets trained on over all ranks, between two logged steps; and ``mfu``.
+    """Logs ``tokens_per_second``: tokens read over all ranks, padding left out, between two logged steps; and ``mfu``.
 
     The model FLOPs utilisation (Chowdhery et al. 2022, *PaLM*, appendix B) is the share of what the devices can do that
     training needs: tokens/s × ``training_flops_per_token`` / the sum over ranks of each one's `matrix_rate`, which is

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mhe_lightning.attention import AttentionFactory
+from mhe_lightning.attention.base import takes_parts
 from mhe_lightning.attention.unpadded import Unpadded
 from mhe_lightning.models.layers import (
     Activation,
+    Block,
     Recompute,
     check_length,
     check_sizes,
@@ -151,7 +153,8 @@ class Encoder(nn.Module):
             mask = within if mask is None else mask & within
         if segments is None:
             segments = torch.zeros_like(tokens)
-        unpadded = None if padding is None else _unpadded(tokens, real)
+        separable = padding is not None and all(isinstance(b, Block) and takes_parts(b.attention) for b in self.blocks)
+        unpadded = _unpadded(tokens, real) if separable else None
         if unpadded is not None:
             positions = positions.expand_as(tokens)
             tokens, positions, segments = (unpadded.gather(ids) for ids in (tokens, positions, segments))  # (M,)

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mhe_lightning.attention import Attention, AttentionFactory, KVCache
+from mhe_lightning.attention.base import takes_parts
 from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import share, split_columns, split_rows
 from mhe_lightning.attention.unpadded import Unpadded
@@ -142,9 +143,12 @@ class Block(nn.Module):
         options: dict[str, Any] = {}  # an attention of a user's own may not know of them
         if unpadded is not None:
             options["unpadded"] = unpadded
-        if last is not None and last < x.shape[1]:
-            x, options["last"] = x[:, -last:], last
-        x = x + self.dropout(self.attention(normed, mask=mask, is_causal=is_causal, cache=cache, **options))
+        if last is not None and takes_parts(self.attention):
+            options["last"] = last
+        found = self.attention(normed, mask=mask, is_causal=is_causal, cache=cache, **options)
+        if last is not None:
+            x, found = x[:, -last:], found[:, -last:]
+        x = x + self.dropout(found)
         if kept is not None:
             x = x.flatten(0, -2)[kept]
         return x if self.norm_first else self.norm_1(x)

@@ -110,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 h, t = hidden[part], targets[part]
                 k = None if kept is None else kept[part]
                 if k is not None:
-                    t = t.clamp_min(0)  # any token
+                    t = torch.where(k, t, 0)  # any token
                 log_p = _upcast(F.linear(h, weight, bias)).log_softmax(-1)  # (chunk, V)
                 total += _smoothed_loss(log_p, t, k, label_smoothing)
                 if grad_hidden is None or grad_weight is None:

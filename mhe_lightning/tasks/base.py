@@ -224,7 +224,9 @@ class Task(LightningModule):
         scale = self.trainer.accumulate_grad_batches * _data_parallel_size(self) / totals[1].clamp_min(1)
         gradients = [own_part(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, scale.to(gradients[0]))
+            # a scalar in float32 at least: gradients may have several dtypes, and keep theirs
+            wide = torch.promote_types(torch.float32, gradients[0].dtype)
+            torch._foreach_mul_(gradients, scale.to(gradients[0].device, wide))
         rate = self.lr * self.learning_rate(self.global_step)
         for group in optimizer.param_groups:
             group["lr"] = rate

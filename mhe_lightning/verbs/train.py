@@ -220,8 +220,8 @@ class TrainCLI(ExperimentCLI):
             return None
         try:
             return 3 * forward_flops_per_token(self.model, self.datamodule.largest_row())
-        except ValueError as error:  # a task or data of the user's own
-            rank_zero_info(f"no mfu: {error}")
+        except Exception as error:  # a step may need what is set up later: training does without the number
+            rank_zero_info(f"no mfu: the operations of a step cannot be counted before it begins: {error!r}")
             return None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

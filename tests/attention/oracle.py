@@ -102,6 +102,14 @@ VARIANTS = {
         empty=lambda m, i: m.e_v[i],
         dead=("e_k",),
     ),
+    "mhe_add_shared_scores": Variant(
+        partial(MHE, combine="add", form="shared_scores"),
+        added_heads,
+        parameters=lambda n, d: 3 * n * d**2 + 3 * n * d,
+        cached=lambda n, d: 2 * d,
+        empty=lambda m, i: m.e_v[i],
+        dead=("e_k",),
+    ),
     "mhe_multiply": Variant(
         partial(MHE, combine="multiply"),
         multiplied_heads,

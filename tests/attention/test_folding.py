@@ -8,7 +8,17 @@ from attention.oracle import VARIANTS
 from mhe_lightning.attention import GQA, Attention
 
 WIDTH, HEADS = 24, 6
-KV_HEADS = {"mha": 6, "skv": 6, "el": 6, "gqa2": 2, "mqa": 1, "sha": 1, "mhe_add": 1, "mhe_multiply": 1}
+KV_HEADS = {
+    "mha": 6,
+    "skv": 6,
+    "el": 6,
+    "gqa2": 2,
+    "mqa": 1,
+    "sha": 1,
+    "mhe_add": 1,
+    "mhe_add_shared_scores": 1,
+    "mhe_multiply": 1,
+}
 
 
 def make(variant, bias=True) -> Attention:

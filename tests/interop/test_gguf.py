@@ -21,7 +21,17 @@ from mhe_lightning.interop.native import Native
 from mhe_lightning.interop.stock import NoStockClassError
 from mhe_lightning.interop.verification import NotEqualError
 
-KV_HEADS = {"mha": 4, "sha": 1, "mhe_add": 1, "mhe_multiply": 1, "mqa": 1, "gqa2": 2, "skv": 4, "el": 4}
+KV_HEADS = {
+    "mha": 4,
+    "sha": 1,
+    "mhe_add": 1,
+    "mhe_add_shared_scores": 1,
+    "mhe_multiply": 1,
+    "mqa": 1,
+    "gqa2": 2,
+    "skv": 4,
+    "el": 4,
+}
 
 
 def export(folder: Path, model: Native):

@@ -5,8 +5,9 @@
 ``H_i = E (w_i ⊙ v) / (E w_i)`` with ``E = exp(q kᵀ)`` (T × S, once) and ``w_i = exp(e_i kᵀ)`` (n × S). All heads are
 one product of width n·d: (n + 1) / 2n of the operations of multi-head attention and 1/n of its exponentials.
 
-``torch.ops.mhe_lightning.shared_score_attention`` and ``…_backward`` are known to ``torch.compile``, ``torch.export``,
-FLOP counting and autocast. On a GPU they are Triton kernels, elsewhere plain torch (`blocks`).
+``torch.ops.mhe_lightning.shared_score_attention`` and ``…_backward`` are known to ``torch.compile``, ``torch.export``
+and FLOP counting; under autocast they take its dtype. On a GPU they are Triton kernels, elsewhere plain torch
+(`blocks`).
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ def shared_score_attention(
                 f"(B, 1, T, S) = {(q.shape[0], 1, q.shape[1], k.shape[1])}"
             )
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v, e_q = (t.to(dtype) for t in (q, k, v, e_q))
+    if not k.shape[1]:
+        return q.new_zeros(*q.shape[:2], *e_q.shape)  # nothing to see
     heads: Tensor = _attention(q, k, v, e_q, mask, is_causal, scale)[0]
     return heads
 

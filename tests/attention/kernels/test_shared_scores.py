@@ -65,17 +65,11 @@ def test_results_and_gradients_are_those_of_separate_heads(seed, B, T, S, d, n, 
             patch.setattr(blocks, name, block)
         found = shared_score_attention(*arguments, mask, is_causal)
         expected = literal(*arguments, mask, is_causal)
-        # -∞ everywhere makes the oracle's softmax NaN; its gradient is that of the rows that see something
         grad = torch.randn_like(found)
-        grad[expected.isnan()] = 0.0
-        expected = expected.nan_to_num()
         gradients = torch.autograd.grad(found, arguments, grad)
     assert (found - expected).abs().max() < 1e-11
-    blind = grad.abs().sum((2, 3)) == 0
-    assert found.detach()[blind].abs().sum() == 0
-    if not blind.any():
-        for a, b in zip(gradients, torch.autograd.grad(expected, arguments, grad), strict=True):
-            assert (a - b).abs().max() <= 1e-10 * (1 + b.abs().max())
+    for a, b in zip(gradients, torch.autograd.grad(expected, arguments, grad), strict=True):
+        assert (a - b).abs().max() <= 1e-10 * (1 + b.abs().max())
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -264,3 +258,31 @@ def test_autocast_computes_in_bfloat16():
         y = m(x, is_causal=True)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), m(x, is_causal=True), rtol=0.05, atol=0.02)
+
+
+def test_queries_and_keys_of_a_subclass_are_taken_whatever_the_batch():
+    class Blind(MHE):
+        def key_value(self, context):
+            k, v = super().key_value(context)
+            return 0 * k, v
+
+    m = Blind(width=32, n_heads=4).double()
+    for tokens in (4, 300):
+        x = torch.randn(1, tokens, 32, dtype=torch.float64)
+        mean = m.key_value(x)[1].mean(2, keepdim=True).expand(-1, 4, tokens, -1)
+        torch.testing.assert_close(m(x), m.merge(mean))
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_of_projections_are_called_whatever_the_batch(hook):
+    m = MHE(width=16, n_heads=4)
+    called = []
+    for projection in (m.w_q, m.w_k, m.w_v, m.w_o):
+        getattr(projection, hook)(lambda *args: called.append(1))
+    m(torch.randn(1, 300, 16)).sum().backward()
+    assert len(called) == 4
+
+
+def test_no_keys_give_zeros():
+    heads = shared_score_attention(torch.randn(2, 5, 4), torch.randn(2, 0, 4), torch.randn(2, 0, 4), torch.randn(3, 4))
+    assert torch.equal(heads, torch.zeros(2, 5, 3, 4))
