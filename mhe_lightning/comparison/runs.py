@@ -39,6 +39,9 @@ _NOT_SETTINGS = (
     "val_check_interval",
     "log_every_n_steps",
 )
+_SAME_VARIANT = ("dropout", "bias", "embedding_std", "form")
+"""Arguments of an attention that make no other variant of it."""
+
 _ATTENTIONS = ("attention", "encoder_attention", "decoder_attention", "cross_attention")
 
 
@@ -303,7 +306,7 @@ def attention_name(net: Mapping[str, Any]) -> str:
 
 def _name_of(spec: Mapping[str, Any]) -> str:
     name = str(spec["class_path"]).rpartition(".")[2].lower()
-    own = {k: v for k, v in spec.get("init_args", {}).items() if k not in ("dropout", "bias", "embedding_std")}
+    own = {k: v for k, v in spec.get("init_args", {}).items() if k not in _SAME_VARIANT}
     return "_".join([name, *(str(value) for value in own.values() if value is not None)])
 
 

@@ -147,8 +147,9 @@ def test_predictions_are_the_likeliest_class_the_value_or_the_best_choice(proble
 @problems
 def test_results_do_not_depend_on_the_batch_size(problem):
     rows = examples(problem, 11)
-    one, other = (evaluate(model(problem), problem, rows, size) for size in (1, 11))
-    assert one == pytest.approx(other, rel=1e-5)
+    # in float64: what a correlation makes of scores that differ little is far more than their rounding in float32
+    one, other = (evaluate(model(problem).double(), problem, rows, size) for size in (1, 11))
+    assert one == pytest.approx(other, rel=1e-10)
 
 
 @problems

@@ -22,7 +22,11 @@ RANGE = 20.0
 them, of what they are divided by and of a long row stay within float32 (e^±87)."""
 
 CAUSAL_BLOCK = 128
-"""Queries or keys of a block where half of the square on the diagonal is computed in vain."""
+"""Queries or keys of a block where half of the square on the diagonal is computed in vain; twice as many in long
+sequences, where that is little beside the rest."""
+
+LONG = 1024
+"""Queries that a sequence has at most not to be long."""
 
 BLOCK = 512
 """The same where nothing is in vain: larger products are faster."""
@@ -54,6 +58,13 @@ class Chunk:
     def __post_init__(self) -> None:
         self.r = self.k @ self.e.T  # (B, S, n), what a head adds to the scores of a key
         self.k_t = self.k.transpose(1, 2)
+
+    @property
+    def block(self) -> int:
+        """Queries or keys to be worked on at once."""
+        if not self.is_causal:
+            return BLOCK
+        return CAUSAL_BLOCK if self.q.shape[1] <= LONG else 2 * CAUSAL_BLOCK
 
     def out_of_range(self) -> Tensor | None:
         """Queries (B, T) that see a key whose ``r`` is too large for shared scores, boolean; None if there are none.
@@ -103,7 +114,7 @@ def shared_forward(chunk: Chunk, heads: Tensor, sums: Tensor, level: Tensor) -> 
     """
     w = chunk.r.exp()  # (B, S, n)
     wv = (w.unsqueeze(-1) * chunk.v.unsqueeze(2)).flatten(2)  # (B, S, n·d)
-    for t, s in chunk.query_blocks(CAUSAL_BLOCK if chunk.is_causal else BLOCK):
+    for t, s in chunk.query_blocks(chunk.block):
         scores = chunk.hide(torch.bmm(chunk.q[:, t], chunk.k_t[:, :, s]), t, s)
         top = scores.amax(-1, keepdim=True)
         if chunk.mask is not None:
@@ -136,9 +147,8 @@ def shared_backward(
     d_n = d_n.flatten(2)  # (B, T, n·d)
     d_q, d_k = torch.zeros_like(chunk.q), torch.empty_like(chunk.k)
     d_wv, d_w = torch.empty_like(wv), torch.empty_like(w)
-    size = CAUSAL_BLOCK if chunk.is_causal else BLOCK
-    for begin in range(0, S, size):
-        s = slice(begin, min(begin + size, S))
+    for begin in range(0, S, chunk.block):
+        s = slice(begin, min(begin + chunk.block, S))
         t = slice(min(begin, T) if chunk.is_causal else 0, T)
         if t.start == T:  # more keys than queries: no query sees these
             for unseen in (d_k, d_wv, d_w):
