@@ -268,7 +268,9 @@ GOALS = (
     Goal(
         f"{_DECODE}, 16 × (256 + 128), MHE-ADD", "≥ 2 ×", "decode_cpu", of_decoding("16 × (256 + 128)", "mhe_add", 2.0)
     ),
-    Goal(f"{_DECODE}, 32 × (1,024 + 64), MHA", "≥ 2.5 ×", "decode_long_cpu", of_decoding("32 × (1024 + 64)", "mha", 2.5)),
+    Goal(
+        f"{_DECODE}, 32 × (1,024 + 64), MHA", "≥ 2.5 ×", "decode_long_cpu", of_decoding("32 × (1024 + 64)", "mha", 2.5)
+    ),
     Goal(
         f"{_DECODE}, 32 × (1,024 + 64), MHE-ADD",
         "≥ 3.5 ×",
@@ -332,7 +334,8 @@ def tables(family: str, records: Mapping[str, Record], folder: Path) -> str:
         elif beside.exists():
             parts.append(beside.read_text(encoding="utf-8"))
         parts += [f"![{family} against {path.stem.rsplit('_', 1)[1]}]({path.name})" for path in plots(folder, stem)]
-        parts.append(f"All numbers: [{stem}.json]({stem}.json).")
+        alone = f", these tables alone [{beside.name}]({beside.name})" if beside.exists() else ""
+        parts.append(f"All numbers: [{stem}.json]({stem}.json){alone}.")
     return "\n\n".join(part.strip() for part in parts)
 
 
