@@ -80,7 +80,6 @@ FAMILY = Family(
         "rows": 8,
         "vocab": 16000,
     },
-    tiny={"width": 8, "heads": 2, "layers": 1, "feed_forward": 16, "length": 8, "rows": 2, "vocab": 200},
     packages=("transformers",),
     equal_to="MarianMTModel",
 )

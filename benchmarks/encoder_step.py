@@ -88,7 +88,6 @@ FAMILY = Family(
         "rows": 8,
         "vocab": 30522,
     },
-    tiny={"width": 8, "heads": 2, "layers": 1, "feed_forward": 16, "length": 8, "rows": 2, "vocab": 200},
     packages=("transformers",),
     equal_to="BertForMaskedLM",
 )

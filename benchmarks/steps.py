@@ -83,6 +83,10 @@ class Theirs(nn.Module):
         return self.mean_loss(self.model, *batch)
 
 
+TINY = {"width": 8, "heads": 2, "layers": 1, "feed_forward": 16, "length": 8, "rows": 2, "vocab": 200}
+"""Options for the first step of a process, which loads what is loaded at first use."""
+
+
 @dataclass(frozen=True)
 class Family:
     """What is timed.
@@ -96,7 +100,6 @@ class Family:
             channels there.
         peers: names of the peers' models, the reference first.
         sizes: integer options and their defaults.
-        tiny: values of them for the first step of a process.
         packages: peers' packages, whose versions are kept.
         attentions: ours, if not chosen.
         equal_to: what ``twin`` is, in words.
@@ -108,7 +111,6 @@ class Family:
     twin: Callable[[Any], tuple[nn.Module, Tensor | None]]
     peers: Sequence[str]
     sizes: Mapping[str, int]
-    tiny: Mapping[str, int]
     packages: Sequence[str]
     equal_to: str
     attentions: Sequence[str] = ("mha", "mhe_add", "mhe_mul", "mqa", "sha")
@@ -206,7 +208,7 @@ def measure_memory(
     """Peak of training a model, in MiB above what this process, a new one, holds before the model is made."""
     torch.set_num_threads(options.threads)
     on_gpu = torch.device(options.device).type == "cuda"
-    tiny = argparse.Namespace(**{**vars(options), **family.tiny})
+    tiny = argparse.Namespace(**{**vars(options), **TINY})
     Trained(family, name, tiny, dropouts).step(family.batch(tiny))  # loads what is loaded at first use
     gc.collect()
     before = 0.0 if on_gpu else _resident("VmRSS")

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mhe_lightning.attention import MHE, Attention
+from mhe_lightning.attention import Attention
 from mhe_lightning.communication import (
     Exchanged,
     has_one_head,
@@ -149,10 +149,8 @@ class Step:
                 _keep_part(task, self.parts)
             if self.as_on_gpu:
                 for module in task.modules():
-                    if isinstance(module, MHE) and module.form == "auto":
-                        module.form = "shared_kv"  # the shapes here are a CPU's to it
                     if isinstance(module, Attention):
-                        module.dropout = 0.0
+                        module.compute_as_on_gpu()
                     elif isinstance(module, nn.LayerNorm) and self.autocast is not None:
                         module.register_forward_hook(lambda module, inputs, output: output.float())
             batch = {k: torch.empty_like(v) if isinstance(v, Tensor) else v for k, v in self.batch.items()}

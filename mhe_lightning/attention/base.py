@@ -98,6 +98,11 @@ class Attention(nn.Module):
         split_rows(self.w_o, mesh)
         self.mesh = mesh
 
+    def compute_as_on_gpu(self) -> None:
+        """Take the operations that a GPU would, on a CPU's tensors, where only these are counted: its kernels drop
+        weights by themselves."""
+        self.dropout = 0.0
+
     def _split_projections(self, mesh: DeviceMesh) -> None:
         """Split over ``mesh`` what belongs to one head each."""
         raise NotImplementedError(f"{type(self).__name__} must define _split_projections(mesh)")

@@ -95,6 +95,11 @@ class MHE(Attention):
         token are all that processes have to sum gradients of (other variants sum those of all D)."""
         self.e_q, self.e_k, self.e_v = (split(e, mesh, 0) for e in (self.e_q, self.e_k, self.e_v))
 
+    def compute_as_on_gpu(self) -> None:
+        super().compute_as_on_gpu()
+        if self.form == "auto":
+            self.form = "shared_kv"
+
     def _inputs(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         return x, x, context
 

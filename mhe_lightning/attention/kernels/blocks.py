@@ -25,11 +25,11 @@ CAUSAL_BLOCK = 128
 """Queries or keys of a block where half of the square on the diagonal is computed in vain; twice as many in long
 sequences, where that is little beside the rest."""
 
-LONG = 1024
-"""Queries that a sequence has at most not to be long."""
-
 BLOCK = 512
 """The same where nothing is in vain: larger products are faster."""
+
+LONG = 1024
+"""Queries that a sequence has at most not to be long."""
 
 DIRECT_ROWS = 512
 """Rows, queries times heads, of a block of the direct form, whose scores are those of every head."""
