@@ -24,7 +24,7 @@ from mhe_lightning.models.heads import SequenceHead
 from mhe_lightning.models.layers import ACTIVATIONS
 from mhe_lightning.models.search import beam_search
 
-SHARED = ("mhe_add", "mhe_multiply", "mqa", "sha")
+SHARED = ("mhe_add", "mhe_add_shared_scores", "mhe_multiply", "mqa", "sha")
 
 
 def export(tmp_path, model):
