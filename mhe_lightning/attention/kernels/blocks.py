@@ -164,8 +164,12 @@ def shared_backward(
     torch.mul(d_wv, chunk.v.unsqueeze(2), out=wv)
     d_r = d_w.add_(wv.sum(-1)).mul_(w)  # (B, S, n)
     d_v = d_wv.mul_(w.unsqueeze(-1)).sum(2)
-    d_k += d_r @ chunk.e
-    return d_q, d_k, d_v, d_r.flatten(0, 1).T @ chunk.k.flatten(0, 1)
+    return d_q, *embedding_gradients(chunk, d_k, d_v, d_r)
+
+
+def embedding_gradients(chunk: Chunk, d_k: Tensor, d_v: Tensor, d_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by k, v and e, from those in which ``chunk.r`` is held and that by it, (B, S, n)."""
+    return d_k + d_r @ chunk.e, d_v, d_r.flatten(0, 1).T @ chunk.k.flatten(0, 1)
 
 
 def direct_forward(chunk: Chunk, heads: Tensor) -> None:

@@ -6,21 +6,22 @@
 one product of width n·d: (n + 1) / 2n of the operations of multi-head attention and 1/n of its exponentials.
 
 ``torch.ops.mhe_lightning.shared_score_attention`` and ``…_backward`` are known to ``torch.compile``, ``torch.export``
-and FLOP counting; under autocast they take its dtype. On a GPU they are Triton kernels, elsewhere plain torch
-(`blocks`).
+and FLOP counting; under autocast they take its dtype. On a GPU they are Triton kernels; on a CPU, a chunk of a batch at
+a time, a compiled kernel (`shared_scores_cpu`) or, in float64 and where nothing compiles, plain torch (`blocks`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mhe_lightning.attention.kernels import blocks
+from mhe_lightning.attention.kernels import blocks, shared_scores_cpu
 from mhe_lightning.attention.kernels.blocks import Chunk
 
 CHUNK = 800_000
@@ -81,7 +82,7 @@ def _attention(
     for rows, chunk in _chunks(q, k, v, e_q, mask, is_causal, scale):
         found = heads[rows] if heads.dtype == chunk.q.dtype else torch.empty_like(heads[rows], dtype=chunk.q.dtype)
         direct = chunk.out_of_range()
-        blocks.shared_forward(chunk, found, *_sums_and_level(normalizer[rows]))
+        _kernel(chunk).shared_forward(chunk, found, *_sums_and_level(normalizer[rows]))
         if direct is not None:
             own = torch.empty_like(found)
             blocks.direct_forward(chunk, own)
@@ -130,7 +131,7 @@ def _attention_backward(
         sums, level = _sums_and_level(normalizer[rows])
         if direct is not None:
             sums = sums.masked_fill(direct.unsqueeze(-1), 0.0)
-        found = blocks.shared_backward(chunk, own_grad, own_heads, sums, level)
+        found = _kernel(chunk).shared_backward(chunk, own_grad, own_heads, sums, level)
         if direct is not None:
             own_grad = own_grad.masked_fill(~direct[:, :, None, None], 0.0)
             more = blocks.direct_backward(chunk, own_grad, own_heads)
@@ -208,6 +209,10 @@ def _empty_results(q: Tensor, e_q: Tensor) -> tuple[Tensor, Tensor]:
 def _sums_and_level(normalizer: Tensor) -> tuple[Tensor, Tensor]:
     """What plain torch keeps in it, see `blocks.shared_forward`."""
     return normalizer[..., :-1], normalizer[..., -1:]
+
+
+def _kernel(chunk: Chunk) -> ModuleType:
+    return shared_scores_cpu if shared_scores_cpu.applies(chunk) else blocks
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,97 @@
+"""Shared scores on a CPU, compiled: what `blocks` does of them in plain torch, in float32."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_int, c_ssize_t, c_void_p
+
+import torch
+from torch import Tensor
+
+from mhe_lightning.attention.kernels import compiled
+from mhe_lightning.attention.kernels.blocks import Chunk, embedding_gradients
+
+SOURCE = "shared_scores_cpu.c"
+
+
+class _Matrix(ctypes.Structure):
+    """Numbers (rows of a batch, tokens, …), those of a token next to each other."""
+
+    _fields_ = (("data", c_void_p), ("row", c_ssize_t), ("token", c_ssize_t))
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Matrix:
+        assert t.dtype == torch.float32
+        assert t[0, 0].is_contiguous()
+        return cls(t.data_ptr(), t.stride(0), t.stride(1))
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, c_ssize_t) for name in ("B", "T", "S", "n", "d")),
+        *((name, _Matrix) for name in ("q", "k", "v", "r")),
+        ("mask", c_void_p),
+        *((name, c_ssize_t) for name in ("mask_row", "mask_query", "mask_key")),
+        *((name, c_int) for name in ("is_causal", "threads")),
+    )
+
+
+class _Results(ctypes.Structure):
+    _fields_ = tuple((name, _Matrix) for name in ("heads", "sums", "level"))
+
+
+class _Gradients(ctypes.Structure):
+    _fields_ = tuple((name, _Matrix) for name in ("q", "k", "v", "r"))
+
+
+def applies(chunk: Chunk) -> bool:
+    """Whether the functions here can take the place of their twins in `blocks`."""
+    return chunk.q.dtype == torch.float32 and chunk.q.is_cpu and _library() is not None
+
+
+def shared_forward(chunk: Chunk, heads: Tensor, sums: Tensor, level: Tensor) -> None:
+    """As `blocks.shared_forward`."""
+    problem, _keep = _problem(chunk)
+    results = _Results(*(_Matrix.of(t) for t in (heads.flatten(2), sums, level)))
+    _call("shared_score_forward", problem, results)
+
+
+def shared_backward(
+    chunk: Chunk, grad: Tensor, heads: Tensor, sums: Tensor, level: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `blocks.shared_backward`."""
+    problem, _keep = _problem(chunk)
+    grad = grad.flatten(2).contiguous()
+    results = _Results(*(_Matrix.of(t) for t in (heads.flatten(2), sums, level)))
+    d_q, d_k, d_v, d_r = (torch.empty(t.shape) for t in (chunk.q, chunk.k, chunk.v, chunk.r))
+    gradients = _Gradients(*(_Matrix.of(t) for t in (d_q, d_k, d_v, d_r)))
+    _call("shared_score_backward", problem, results, _Matrix.of(grad), gradients)
+    return d_q, *embedding_gradients(chunk, d_k, d_v, d_r)
+
+
+def _library() -> ctypes.CDLL | None:
+    library = compiled.load(SOURCE)
+    if library is not None:
+        library.shared_score_forward.argtypes = [POINTER(_Problem), POINTER(_Results)]
+        library.shared_score_backward.argtypes = [
+            *(POINTER(kind) for kind in (_Problem, _Results, _Matrix, _Gradients))
+        ]
+    return library
+
+
+def _problem(chunk: Chunk) -> tuple[_Problem, tuple[Tensor | None, ...]]:
+    """The arguments, and the tensors that have to live as long as they do."""
+    (B, T, d), S, n = chunk.q.shape, chunk.k.shape[1], chunk.e.shape[0]
+    q, k, v, r = (t if t.stride(-1) == 1 else t.contiguous() for t in (chunk.q, chunk.k, chunk.v, chunk.r))
+    mask = None if chunk.mask is None else chunk.mask.expand(B, T, S)
+    place = (None, 0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
+    matrices = (_Matrix.of(t) for t in (q, k, v, r))
+    problem = _Problem(B, T, S, n, d, *matrices, *place, int(chunk.is_causal), torch.get_num_threads())
+    return problem, (q, k, v, r, mask)
+
+
+def _call(name: str, *arguments: ctypes.Structure) -> None:
+    library = _library()
+    assert library is not None
+    if getattr(library, name)(*arguments) < 0:
+        raise MemoryError("there is no memory for the operands of shared scores; take fewer tokens at once")
