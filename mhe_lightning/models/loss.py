@@ -12,6 +12,12 @@ from torch.autograd.function import once_differentiable
 IGNORE = -100
 """Target of a position that is not predicted."""
 
+LINE = 16
+"""Numbers in a line of a CPU's cache, at least."""
+
+NEAR = 1_000_000
+"""Logits that a softmax on a CPU has in hand at once."""
+
 
 def linear_cross_entropy(
     hidden: Tensor,
@@ -24,10 +30,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of ``cross_entropy(hidden @ weightᵀ + bias, targets)`` without ever holding the logits of all tokens.
 
-    Logits live for one chunk at a time, in float32 for the softmax; gradients are formed in the same pass, so that
-    the product with ``weight`` is not repeated in the backward pass. Positions whose target is ``-100`` count for
-    nothing: on a CPU they are left out before the product; elsewhere, where their number would have to be waited for,
-    they go through it as zeros. First derivatives only.
+    Logits live for one chunk at a time, in one place of memory for all chunks, in float32 for the softmax; gradients are
+    formed in the same pass, so that the product with ``weight`` is not repeated in the backward pass (unless that is
+    asked for twice, with ``retain_graph``). Positions whose target is ``-100`` count for nothing: on a CPU they are left
+    out before the product; elsewhere, where their number would have to be waited for, they go through it as zeros.
+    First derivatives only.
 
     Args:
         hidden: (..., D).
@@ -56,11 +63,9 @@ def linear_cross_entropy(
         kept = predicted
     elif not bool(predicted.all()):
         hidden, targets = hidden[predicted], targets[predicted]
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, kept, label_smoothing, chunk_size)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, kept, label_smoothing, chunk_size, dtype)
     return loss
 
 
@@ -86,6 +91,10 @@ def token_scores(
     return torch.cat(losses).view_as(targets), torch.cat(hits).view_as(targets)
 
 
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of the hidden states, the weight and the bias."""
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -97,51 +106,105 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         kept: Tensor | None,
         label_smoothing: float,
         chunk_size: int,
+        dtype: torch.dtype,
     ) -> Tensor:
-        wants_grad = any(ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden) if wants_grad else None
-        # summed over many chunks: in float32 even where the products are bf16
-        grad_weight = torch.zeros_like(weight, dtype=_accumulator(weight)) if wants_grad else None
-        grad_bias = torch.zeros_like(bias, dtype=_accumulator(bias)) if wants_grad and bias is not None else None
-        total = hidden.new_zeros((), dtype=_accumulator(hidden))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, hidden.shape[0], chunk_size):
-                part = slice(start, start + chunk_size)
-                h, t = hidden[part], targets[part]
-                k = None if kept is None else kept[part]
-                if k is not None:
-                    t = torch.where(k, t, 0)  # any token
-                log_p = _upcast(F.linear(h, weight, bias)).log_softmax(-1)  # (chunk, V)
-                total += _smoothed_loss(log_p, t, k, label_smoothing)
-                if grad_hidden is None or grad_weight is None:
-                    continue
-                grad_logits = _logit_gradient(log_p, t, label_smoothing).to(h.dtype)
-                grad_hidden[part] = grad_logits @ weight
-                if grad_weight.dtype == h.dtype:
-                    torch.addmm(grad_weight, grad_logits.T, h, out=grad_weight)  # addmm_ is not counted as FLOPs
-                else:
-                    grad_weight += grad_logits.T @ h
-                if grad_bias is not None:
-                    grad_bias += grad_logits.sum(0) if k is None else k.to(grad_logits.dtype) @ grad_logits
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        return total
+        ctx.save_for_backward(hidden, weight, bias, targets, kept)
+        ctx.options = label_smoothing, chunk_size, dtype, ctx.needs_input_grad[:3]
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        loss, ctx.gradients = _loss_and_gradients(hidden, weight, bias, targets, kept, *ctx.options)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            grad_hidden * scale.to(grad_hidden.dtype),
-            (grad_weight * scale).to(weight_dtype),
-            None if grad_bias is None else (grad_bias * scale).to(bias_dtype),
-            None,
-            None,
-            None,
-            None,
+        gradients, ctx.gradients = ctx.gradients, None  # scaled where they lie, and given away
+        if gradients is None:
+            _, gradients = _loss_and_gradients(*ctx.saved_tensors, *ctx.options)
+        found = (
+            None if g is None else g.mul_(scale.to(g.dtype)).to(dtype)
+            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
+        return *found, None, None, None, None, None
+
+
+@torch.no_grad()
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    kept: Tensor | None,
+    label_smoothing: float,
+    chunk_size: int,
+    dtype: torch.dtype,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor, Gradients]:
+    """The loss summed over the positions ``kept`` (all if None), and its gradients by what is wanted of hidden states
+    (N, D), weight (V, D) and bias (V,); products are in ``dtype``."""
+    accumulator = _accumulator(dtype)
+    h, w = hidden.to(dtype), weight.to(dtype)
+    b = None if bias is None else bias.to(dtype)
+    d_h = torch.empty_like(h) if wanted[0] else None
+    # summed over many chunks: in float32 even where the products are bf16
+    d_w = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
+    d_b = torch.zeros_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
+    total = hidden.new_zeros((), dtype=accumulator)
+    # the system takes long to hand over pages of so many numbers: the same ones serve all chunks; rows that begin at
+    # lines of the cache make the product with the weight a sixth faster
+    logits = h.new_empty(min(chunk_size, h.shape[0]), -(-w.shape[0] // LINE) * LINE)[:, : w.shape[0]]
+    with torch.autocast(hidden.device.type, enabled=False):
+        for start in range(0, h.shape[0], chunk_size):
+            part = slice(start, start + chunk_size)
+            own, k = h[part], None if kept is None else kept[part]
+            t = targets[part] if k is None else torch.where(k, targets[part], 0)  # any token
+            x = logits[: own.shape[0]]
+            if b is None:
+                torch.mm(own, w.T, out=x)
+            else:
+                torch.addmm(b, own, w.T, out=x)
+            size = _rows_at_once(x)
+            parts = (c.split(size) for c in (x, t)) if k is None else (c.split(size) for c in (x, t, k))
+            for some in zip(*parts, strict=True):
+                total += _softmax_loss(*some, smoothing=label_smoothing, gradient=any(wanted))
+            if d_h is not None:
+                torch.mm(x, w, out=d_h[part])
+            if d_w is None:
+                pass
+            elif d_w.dtype == dtype:
+                torch.addmm(d_w, x.T, own, out=d_w)  # addmm_ is not counted as FLOPs
+            else:
+                d_w += x.T @ own
+            if d_b is not None:
+                d_b += x.sum(0) if k is None else k.to(dtype) @ x
+    return total, (d_h, d_w, d_b)
+
+
+def _softmax_loss(
+    logits: Tensor, targets: Tensor, kept: Tensor | None = None, *, smoothing: float, gradient: bool
+) -> Tensor:
+    """The summed loss; what is in ``logits`` then is of no use, with ``gradient`` it is softmax − smoothed one-hot."""
+    x = _upcast(logits)
+    top = x.amax(-1, keepdim=True)
+    x.sub_(top)
+    chosen = x.gather(1, targets[:, None])
+    mean = x.mean(-1, keepdim=True) if smoothing else None
+    norm = x.exp_().sum(-1, keepdim=True)
+    loss = norm.log()
+    loss = loss - chosen if mean is None else loss - (1 - smoothing) * chosen - smoothing * mean
+    if gradient:
+        x.div_(norm)
+        if smoothing:
+            x.sub_(smoothing / x.shape[1])
+        x.scatter_add_(1, targets[:, None], torch.full_like(chosen, smoothing - 1))
+        if x is not logits:
+            logits.copy_(x)
+    return _sum(loss[:, 0], kept)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Rows whose numbers stay near a CPU's cores while a softmax goes through them again and again."""
+    return max(1, NEAR // logits.shape[1]) if logits.is_cpu else logits.shape[0]
 
 
 def _selects(device: torch.device) -> bool:
@@ -149,30 +212,13 @@ def _selects(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _smoothed_loss(log_p: Tensor, targets: Tensor, kept: Tensor | None, smoothing: float) -> Tensor:
-    loss = -_sum(log_p.gather(1, targets[:, None])[:, 0], kept)
-    if smoothing:
-        loss = (1 - smoothing) * loss - smoothing * _sum(log_p.mean(-1), kept)
-    return loss
-
-
 def _sum(numbers: Tensor, kept: Tensor | None) -> Tensor:
     return numbers.sum() if kept is None else numbers.masked_fill(~kept, 0.0).sum()
 
 
-def _logit_gradient(log_p: Tensor, targets: Tensor, smoothing: float) -> Tensor:
-    """softmax − smoothed one-hot, in the place of ``log_p``."""
-    grad = log_p.exp_()
-    if smoothing:
-        grad -= smoothing / grad.shape[1]
-    rows = torch.arange(grad.shape[0], device=grad.device)
-    grad[rows, targets] -= 1 - smoothing
-    return grad
-
-
-def _accumulator(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _upcast(logits: Tensor) -> Tensor:
-    return logits.to(_accumulator(logits))
+    return logits.to(_accumulator(logits.dtype))

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mhe_lightning.attention.kernels import blocks, shared_scores_cpu
 from mhe_lightning.attention.kernels.blocks import Chunk
 
-CHUNK = 800_000
+CHUNK = 1_600_000
 """Numbers of ``w_i ⊙ v`` in a chunk of a batch's rows, and of each thread a row at least."""
 
 
