@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -40,12 +41,13 @@ class Chunk:
     """Rows of a batch.
 
     Args:
-        q: queries, times the scale, (B, T, d); what all heads share of them.
+        q: queries, (B, T, d); what all heads share of them.
         k: keys, (B, S, d).
         v: values, (B, S, d).
         e: what each head adds to the queries, times the scale, (n, d).
         mask: boolean, True = may attend, broadcastable to (B, T, S).
         is_causal: query t sees keys 0 … t only.
+        scale: of the scores.
     """
 
     q: Tensor
@@ -54,10 +56,15 @@ class Chunk:
     e: Tensor
     mask: Tensor | None
     is_causal: bool
+    scale: float
 
     def __post_init__(self) -> None:
         self.r = self.k @ self.e.T  # (B, S, n), what a head adds to the scores of a key
         self.k_t = self.k.transpose(1, 2)
+
+    @cached_property
+    def scaled_q(self) -> Tensor:
+        return self.q * self.scale
 
     @property
     def block(self) -> int:
@@ -71,9 +78,9 @@ class Chunk:
 
         Such keys are given r = 0, so that shared scores do no harm to the other queries, not to a bit of them.
         """
-        bad = ~(self.r.abs() <= RANGE).all(-1)  # (B, S); NaN is bad
-        if not bool(bad.any()):
+        if all(abs(float(end)) <= RANGE for end in self.r.aminmax()):
             return None
+        bad = ~(self.r.abs() <= RANGE).all(-1)  # (B, S); NaN is bad
         self.r = self.r.masked_fill(bad.unsqueeze(-1), 0.0)
         seen = bad[:, None].expand(-1, self.q.shape[1], -1)
         if self.mask is not None:
@@ -115,7 +122,7 @@ def shared_forward(chunk: Chunk, heads: Tensor, sums: Tensor, level: Tensor) -> 
     w = chunk.r.exp()  # (B, S, n)
     wv = (w.unsqueeze(-1) * chunk.v.unsqueeze(2)).flatten(2)  # (B, S, n·d)
     for t, s in chunk.query_blocks(chunk.block):
-        scores = chunk.hide(torch.bmm(chunk.q[:, t], chunk.k_t[:, :, s]), t, s)
+        scores = chunk.hide(torch.bmm(chunk.scaled_q[:, t], chunk.k_t[:, :, s]), t, s)
         top = scores.amax(-1, keepdim=True)
         if chunk.mask is not None:
             top.masked_fill_(top == -math.inf, 0.0)  # no key in view: exp(-∞ - 0) is 0
@@ -127,9 +134,17 @@ def shared_forward(chunk: Chunk, heads: Tensor, sums: Tensor, level: Tensor) -> 
 
 
 def shared_backward(
-    chunk: Chunk, grad: Tensor, heads: Tensor, sums: Tensor, level: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients by ``chunk.q``, ``k``, ``v`` and ``e``, from ``grad`` (B, T, n, d) and what `shared_forward` has found.
+    chunk: Chunk,
+    grad: Tensor,
+    heads: Tensor,
+    sums: Tensor,
+    level: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+) -> Tensor:
+    """Gradients from ``grad`` (B, T, n, d) and what `shared_forward` has found: those by ``chunk.q``, ``k`` and ``v`` are
+    written, that by ``chunk.e`` is returned.
 
     A block of keys at a time: what is as wide as all heads, (S, n·d), is then written once and never added to. Queries
     whose ``sums`` are 0 are left out.
@@ -145,7 +160,7 @@ def shared_backward(
     d_z = d_n.sum(-1).mul_(inverse).neg_()  # (B, T, n)
     torch.mul(grad, inverse.unsqueeze(-1), out=d_n)
     d_n = d_n.flatten(2)  # (B, T, n·d)
-    d_q, d_k = torch.zeros_like(chunk.q), torch.empty_like(chunk.k)
+    d_q.zero_()
     d_wv, d_w = torch.empty_like(wv), torch.empty_like(w)
     for begin in range(0, S, chunk.block):
         s = slice(begin, min(begin + chunk.block, S))
@@ -154,22 +169,24 @@ def shared_backward(
             for unseen in (d_k, d_wv, d_w):
                 unseen[:, s].zero_()
             continue
-        e = chunk.hide(torch.bmm(chunk.q[:, t], chunk.k_t[:, :, s]), t, s).sub_(level[:, t]).exp_()
+        e = chunk.hide(torch.bmm(chunk.scaled_q[:, t], chunk.k_t[:, :, s]), t, s).sub_(level[:, t]).exp_()
         e_t = e.transpose(1, 2)
         torch.bmm(e_t, d_n[:, t], out=d_wv[:, s].flatten(2))
         torch.bmm(e_t, d_z[:, t], out=d_w[:, s])
         d_s = torch.bmm(d_z[:, t], w_t[:, :, s]).baddbmm_(d_n[:, t], wv_t[:, :, s]).mul_(e)
-        torch.bmm(d_s.transpose(1, 2), chunk.q[:, t], out=d_k[:, s])
+        torch.bmm(d_s.transpose(1, 2), chunk.scaled_q[:, t], out=d_k[:, s])
         d_q[:, t].baddbmm_(d_s, chunk.k[:, s])
     torch.mul(d_wv, chunk.v.unsqueeze(2), out=wv)
     d_r = d_w.add_(wv.sum(-1)).mul_(w)  # (B, S, n)
-    d_v = d_wv.mul_(w.unsqueeze(-1)).sum(2)
-    return d_q, *embedding_gradients(chunk, d_k, d_v, d_r)
+    torch.sum(d_wv.mul_(w.unsqueeze(-1)), 2, out=d_v)
+    d_q.mul_(chunk.scale)
+    return through_r(chunk, d_r, d_k)
 
 
-def embedding_gradients(chunk: Chunk, d_k: Tensor, d_v: Tensor, d_r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by k, v and e, from those in which ``chunk.r`` is held and that by it, (B, S, n)."""
-    return d_k + d_r @ chunk.e, d_v, d_r.flatten(0, 1).T @ chunk.k.flatten(0, 1)
+def through_r(chunk: Chunk, d_r: Tensor, d_k: Tensor) -> Tensor:
+    """The gradient by ``chunk.e`` from that by ``chunk.r``, (B, S, n); what k gets of it is added to ``d_k``."""
+    d_k.baddbmm_(d_r, chunk.e.expand(len(d_k), -1, -1))
+    return d_r.flatten(0, 1).T @ chunk.k.flatten(0, 1)
 
 
 def direct_forward(chunk: Chunk, heads: Tensor) -> None:
@@ -180,12 +197,11 @@ def direct_forward(chunk: Chunk, heads: Tensor) -> None:
         heads[:, t] = torch.bmm(p.flatten(1, 2), chunk.v[:, s]).unflatten(1, (n, -1)).transpose(1, 2)
 
 
-def direct_backward(chunk: Chunk, grad: Tensor, heads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `shared_backward`, of `direct_forward`."""
+def direct_backward(chunk: Chunk, grad: Tensor, heads: Tensor, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> Tensor:
+    """As `shared_backward`, of `direct_forward`; but adds to ``d_q``, ``d_k`` and ``d_v``."""
     n = grad.shape[2]
     v_t = chunk.v.transpose(1, 2)
-    d_q, d_e = torch.empty_like(chunk.q), torch.zeros_like(chunk.e)
-    d_k, d_v = torch.zeros_like(chunk.k), torch.zeros_like(chunk.v)
+    d_e = torch.zeros_like(chunk.e)
     means = (grad * heads).sum(-1).transpose(1, 2)  # (B, n, T)
     for t, s in chunk.query_blocks(max(1, DIRECT_ROWS // n)):
         q = _queries(chunk, t)
@@ -195,14 +211,14 @@ def direct_backward(chunk: Chunk, grad: Tensor, heads: Tensor) -> tuple[Tensor, 
         d_s = torch.bmm(g, v_t[:, :, s]).view_as(p).sub_(means[:, :, t].unsqueeze(-1)).mul_(p).flatten(1, 2)
         d_k[:, s].baddbmm_(d_s.transpose(1, 2), q.flatten(1, 2))
         d_queries = torch.bmm(d_s, chunk.k[:, s]).unflatten(1, (n, -1))  # (B, n, block, d)
-        d_q[:, t] = d_queries.sum(1)
+        d_q[:, t] += d_queries.sum(1) * chunk.scale
         d_e += d_queries.sum((0, 2))
-    return d_q, d_k, d_v, d_e
+    return d_e
 
 
 def _queries(chunk: Chunk, t: slice) -> Tensor:
     """The queries of each head, (B, n, block, d)."""
-    return chunk.q[:, None, t] + chunk.e[:, None]
+    return chunk.scaled_q[:, None, t] + chunk.e[:, None]
 
 
 def _probabilities(chunk: Chunk, q: Tensor, t: slice, s: slice) -> Tensor:

@@ -131,14 +131,15 @@ def _attention_backward(
         sums, level = _sums_and_level(normalizer[rows])
         if direct is not None:
             sums = sums.masked_fill(direct.unsqueeze(-1), 0.0)
-        found = _kernel(chunk).shared_backward(chunk, own_grad, own_heads, sums, level)
+        wanted = tuple(t[rows] for t in (d_q, d_k, d_v))
+        found = tuple(t if t.dtype == chunk.q.dtype else torch.empty_like(t, dtype=chunk.q.dtype) for t in wanted)
+        d_e += _kernel(chunk).shared_backward(chunk, own_grad, own_heads, sums, level, *found)
         if direct is not None:
             own_grad = own_grad.masked_fill(~direct[:, :, None, None], 0.0)
-            more = blocks.direct_backward(chunk, own_grad, own_heads)
-            found = tuple(a + b for a, b in zip(found, more, strict=True))  # type: ignore[assignment]
-        d_q[rows] = found[0] * scale
-        d_k[rows], d_v[rows] = found[1], found[2]
-        d_e += found[3]
+            d_e += blocks.direct_backward(chunk, own_grad, own_heads, *found)
+        for t, own in zip(wanted, found, strict=True):
+            if own is not t:
+                t.copy_(own)
     return d_q, d_k, d_v, (d_e * scale).to(e_q.dtype)
 
 
@@ -231,4 +232,4 @@ def _chunks(
         for begin in range(0, q.shape[0], size):
             rows = slice(begin, begin + size)
             own_mask = mask if mask is None or mask.shape[0] == 1 else mask[rows]
-            yield rows, Chunk(q[rows].to(dtype) * scale, k[rows].to(dtype), v[rows].to(dtype), e, own_mask, is_causal)
+            yield rows, Chunk(*(t[rows].to(dtype) for t in (q, k, v)), e, own_mask, is_causal, scale)

@@ -19,17 +19,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifndef LANES
-#ifdef __AVX512F__
+#if defined __AVX512F__
 #define LANES 16
-#else
-#define LANES 8 /* AVX2, or two registers of NEON */
-#endif
-#endif
-#if LANES == 16
 #define MR 12
-#else
+#elif defined __AVX2__ && defined __FMA__ || defined __ARM_NEON
+#define LANES 8 /* of NEON two registers */
 #define MR 6
+#else
+#error "no registers for sums of 6 x 16 numbers here"
 #endif
 #define NR (2 * LANES)
 
@@ -58,6 +55,7 @@ typedef struct {
     const uint8_t *mask; /* 1 = may attend, or NULL */
     size mask_row, mask_query, mask_key;
     int is_causal, threads;
+    float scale;         /* of the scores */
 } problem;
 
 static size least(size a, size b) { return a < b ? a : b; }
@@ -127,7 +125,7 @@ static inline __attribute__((always_inline)) void tile_of_panels(
     for (size p = 0; p < depth; p++, a += panel)
         for (size k = 0; k < NR; k++, b += NR) {
             vec left = load(b), right = load(b + LANES);
-            for (int i = 0; i < rows; i++) {
+                for (int i = 0; i < rows; i++) {
                 float x = a[i * NR + k];
                 sums[i][0] += x * left;
                 sums[i][1] += x * right;
@@ -173,20 +171,21 @@ static float *of_token(const matrix *m, size b, size t) { return m->data + b * m
  * not all fall upon the same few of its sets. */
 static size apart(size tokens) { return (tokens | 1) * NR; }
 
-/* Packed columns: m[t, j] at out[(j / NR) * apart(tokens) + t * NR + j % NR], for t from begin to end. */
-static void pack_columns(const matrix *m, size b, size begin, size end, size tokens, size width, float *out) {
+/* Packed columns: m[t, j] * factor at out[(j / NR) * apart(tokens) + t * NR + j % NR], for t from begin to end. */
+static void pack_columns(const matrix *m, size b, size begin, size end, size tokens, size width, float factor, float *out) {
     for (size j = 0; j < width; j += NR, out += apart(tokens))
         for (size t = begin; t < end; t++) {
+            const float *x = of_token(m, b, t) + j;
             size count = least(NR, width - j);
-            memcpy(out + t * NR, of_token(m, b, t) + j, 4 * count);
+            for (size l = 0; l < count; l++) out[t * NR + l] = x[l] * factor;
             memset(out + t * NR + count, 0, 4 * (NR - count));
         }
 }
 
-/* Packed transpose of NR tokens from t on: m[t + l, c] at out[c * NR + l]; zeros after the last token. */
-static void pack_tokens(const matrix *m, size b, size t, size tokens, size width, float *out) {
+/* Packed transpose of NR tokens from t on: m[t + l, c] * factor at out[c * NR + l]; zeros after the last token. */
+static void pack_tokens(const matrix *m, size b, size t, size tokens, size width, float factor, float *out) {
     for (size l = 0; l < NR; l++)
-        for (size c = 0; c < width; c++) out[c * NR + l] = t + l < tokens ? of_token(m, b, t + l)[c] : 0;
+        for (size c = 0; c < width; c++) out[c * NR + l] = t + l < tokens ? of_token(m, b, t + l)[c] * factor : 0;
 }
 
 /* w (keys, heads up to a multiple of LANES) = exp(r), of keys begin to end. */
@@ -216,7 +215,7 @@ static void put_lines(const float *lines, size count, size columns, size t, size
 }
 
 typedef struct {
-    float *keys;   /* k^T: (S / NR, d, NR) */
+    float *keys;   /* k^T * scale: (S / NR, d, NR) */
     float *values; /* w v and w: (columns / NR, apart(S)) */
     float *w;      /* (S, heads up to a multiple of LANES) */
 } forward_row;
@@ -224,7 +223,7 @@ typedef struct {
 static void pack_forward(const problem *p, const forward_row *row, size b, size begin, size end, float *lines) {
     size d = p->d, nd = p->n * d, width = rounded(p->n, LANES), columns = columns_of(p);
     weigh(p, b, begin, end, row->w);
-    for (size s = begin; s < end; s += NR) pack_tokens(&p->k, b, s, p->S, d, row->keys + s * d);
+    for (size s = begin; s < end; s += NR) pack_tokens(&p->k, b, s, p->S, d, p->scale, row->keys + s * d);
     for (size s = begin, count; s < end; s += count) {
         count = least(LINES, end - s);
         for (size l = 0; l < count; l++) {
@@ -334,11 +333,11 @@ typedef struct {
 } gradients;
 
 typedef struct {
-    float *keys;           /* k^T: (S / NR, d, NR) */
+    float *keys;           /* k^T * scale: (S / NR, d, NR) */
     float *weighed;        /* (w v)^T and w^T: (S / NR, columns, NR) */
     float *w;              /* (S, heads up to a multiple of LANES) */
-    float *key_columns;    /* k: (d / NR, apart(S)) */
-    float *query_columns;  /* q: (d / NR, apart(T)) */
+    float *key_columns;    /* k * scale: (d / NR, apart(S)) */
+    float *query_columns;  /* q * scale: (d / NR, apart(T)) */
     float *heads;          /* grad / sums and the gradients of the sums: (columns / NR, apart(T)) */
 } backward_row;
 
@@ -358,11 +357,11 @@ static void pack_backward_keys(const problem *p, const backward_row *row, size b
     size n = p->n, d = p->d, columns = columns_of(p), width = rounded(n, LANES);
     float w[NR];
     weigh(p, b, begin, end, row->w);
-    pack_columns(&p->k, b, begin, end, p->S, d, row->key_columns);
+    pack_columns(&p->k, b, begin, end, p->S, d, p->scale, row->key_columns);
     for (size s = begin; s < end; s += NR) {
         float *out = row->weighed + s * columns;
-        pack_tokens(&p->k, b, s, p->S, d, row->keys + s * d);
-        pack_tokens(&p->v, b, s, p->S, d, v);
+        pack_tokens(&p->k, b, s, p->S, d, p->scale, row->keys + s * d);
+        pack_tokens(&p->v, b, s, p->S, d, 1, v);
         for (size i = 0; i < n; i++) {
             for (size l = 0; l < NR; l++) w[l] = s + l < end ? row->w[(s + l) * width + i] : 0;
             for (size c = 0; c < d; c++)
@@ -378,7 +377,7 @@ static void pack_backward_queries(
     float *lines
 ) {
     size n = p->n, d = p->d, nd = n * d, columns = columns_of(p);
-    pack_columns(&p->q, b, begin, end, p->T, d, row->query_columns);
+    pack_columns(&p->q, b, begin, end, p->T, d, p->scale, row->query_columns);
     for (size t = begin, count; t < end; t += count) {
         count = least(LINES, end - t);
         for (size l = 0; l < count; l++) {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_int, c_ssize_t, c_void_p
+from ctypes import POINTER, c_float, c_int, c_ssize_t, c_void_p
 
 import torch
 from torch import Tensor
 
 from mhe_lightning.attention.kernels import compiled
-from mhe_lightning.attention.kernels.blocks import Chunk, embedding_gradients
+from mhe_lightning.attention.kernels.blocks import Chunk, through_r
 
 SOURCE = "shared_scores_cpu.c"
 
@@ -33,6 +33,7 @@ class _Problem(ctypes.Structure):
         ("mask", c_void_p),
         *((name, c_ssize_t) for name in ("mask_row", "mask_query", "mask_key")),
         *((name, c_int) for name in ("is_causal", "threads")),
+        ("scale", c_float),
     )
 
 
@@ -57,16 +58,23 @@ def shared_forward(chunk: Chunk, heads: Tensor, sums: Tensor, level: Tensor) -> 
 
 
 def shared_backward(
-    chunk: Chunk, grad: Tensor, heads: Tensor, sums: Tensor, level: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chunk: Chunk,
+    grad: Tensor,
+    heads: Tensor,
+    sums: Tensor,
+    level: Tensor,
+    d_q: Tensor,
+    d_k: Tensor,
+    d_v: Tensor,
+) -> Tensor:
     """As `blocks.shared_backward`."""
     problem, _keep = _problem(chunk)
     grad = grad.flatten(2).contiguous()
     results = _Results(*(_Matrix.of(t) for t in (heads.flatten(2), sums, level)))
-    d_q, d_k, d_v, d_r = (torch.empty(t.shape) for t in (chunk.q, chunk.k, chunk.v, chunk.r))
+    d_r = torch.empty(chunk.r.shape)
     gradients = _Gradients(*(_Matrix.of(t) for t in (d_q, d_k, d_v, d_r)))
     _call("shared_score_backward", problem, results, _Matrix.of(grad), gradients)
-    return d_q, *embedding_gradients(chunk, d_k, d_v, d_r)
+    return through_r(chunk, d_r, d_k)
 
 
 def _library() -> ctypes.CDLL | None:
@@ -86,7 +94,8 @@ def _problem(chunk: Chunk) -> tuple[_Problem, tuple[Tensor | None, ...]]:
     mask = None if chunk.mask is None else chunk.mask.expand(B, T, S)
     place = (None, 0, 0, 0) if mask is None else (mask.data_ptr(), *mask.stride())
     matrices = (_Matrix.of(t) for t in (q, k, v, r))
-    problem = _Problem(B, T, S, n, d, *matrices, *place, int(chunk.is_causal), torch.get_num_threads())
+    rest = (int(chunk.is_causal), torch.get_num_threads(), chunk.scale)
+    problem = _Problem(B, T, S, n, d, *matrices, *place, *rest)
     return problem, (q, k, v, r, mask)
 
 
