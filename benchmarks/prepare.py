@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -360,7 +360,7 @@ def compare_loading(options: argparse.Namespace, corpus: Path) -> list[dict[str,
 # --- the report
 
 
-def table_of(results: dict[str, Any]) -> str:
+def table_of(results: Mapping[str, Any]) -> str:
     """The results in Markdown."""
     from common import markdown_table
 
@@ -445,7 +445,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     if options.candidate:
         run_one(options)
         return {}
-    from common import description, peer, write_results
+    from common import description, peer, save
 
     from mhe_lightning.data.sources import open_source
     from mhe_lightning.data.tokenizer import train_tokenizer
@@ -462,20 +462,19 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
             options.tokenizer = options.folder / "tokenizer.json"
             train_tokenizer(documents, "bpe", 8192).save(str(options.tokenizer))
         results: dict[str, Any] = {"text_bytes": size}
-        if options.rounds:
-            results["preparing"] = compare_preparing(options, corpus)
-        if options.limit_mb:
-            results["limited"] = limited(options, documents)
-        if options.batches:
-            results["loading"] = compare_loading(options, corpus)
-    table = table_of(results)
-    print(table, end="")
-    if options.out:
         peers = ["transformers"] if USUAL in options.candidates else []
         about = description("tokenizers", "datasets", "pyarrow", "numpy", *peers)
-        options.tokenizer, options.folder = options.tokenizer.name, None
-        write_results(options.out, options, about, **results)
-        options.out.with_suffix(".md").write_text(table, encoding="utf-8")
+        # files of this run only are not a setting
+        settings = argparse.Namespace(**{**vars(options), "tokenizer": options.tokenizer.name, "folder": None})
+        for name, wanted, part in (
+            ("preparing", options.rounds, partial(compare_preparing, options, corpus)),
+            ("limited", options.limit_mb, partial(limited, options, documents)),
+            ("loading", options.batches, partial(compare_loading, options, corpus)),
+        ):
+            if wanted:
+                results[name] = part()
+                save(settings, about, table_of, **results)
+    print(table_of(results), end="")
     return results
 
 

@@ -125,7 +125,7 @@ static inline __attribute__((always_inline)) void tile_of_panels(
     for (size p = 0; p < depth; p++, a += panel)
         for (size k = 0; k < NR; k++, b += NR) {
             vec left = load(b), right = load(b + LANES);
-                for (int i = 0; i < rows; i++) {
+            for (int i = 0; i < rows; i++) {
                 float x = a[i * NR + k];
                 sums[i][0] += x * left;
                 sums[i][1] += x * right;

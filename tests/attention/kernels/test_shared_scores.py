@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mhe_lightning.attention import MHE
-from mhe_lightning.attention.kernels import blocks
+from mhe_lightning.attention.kernels import blocks, compiled, shared_scores_cpu
 from mhe_lightning.attention.kernels.shared_scores import shared_score_attention
 from mhe_lightning.tracing import count_flops
 
@@ -26,6 +26,15 @@ def literal(q, k, v, e_q, mask=None, is_causal=False):
     scores = (q[:, None] + e_q[:, None]) @ k[:, None].transpose(-1, -2) / math.sqrt(d)  # (B, n, T, S)
     weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
     return (weights.masked_fill(~visible, 0.0) @ v[:, None]).transpose(1, 2)
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def kernel(request, monkeypatch):
+    """What float32 is computed with."""
+    if request.param == "plain":
+        monkeypatch.setattr(shared_scores_cpu, "applies", lambda chunk: False)
+    elif compiled.load(shared_scores_cpu.SOURCE) is None:
+        pytest.skip("no gcc here, which the kernel is compiled with")
 
 
 def inputs(B=2, T=9, S=9, d=4, n=3, spread=0.3, dtype=torch.float64):
@@ -87,6 +96,7 @@ def test_a_query_that_sees_nothing_gets_zero_and_gives_no_gradient(is_causal):
 @pytest.mark.parametrize("of_embeddings", [0, 50, 100, 300, 3000])
 @pytest.mark.parametrize("of_scores", [0, 50, 100, 300, 3000])
 @pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.usefixtures("kernel")
 def test_float32_is_as_exact_as_sdpa_however_far_exponents_lie_apart(of_embeddings, of_scores, is_causal):
     """With the largest score of the queries and that of an embedding at different keys."""
     torch.manual_seed(0)
@@ -118,6 +128,7 @@ def test_float32_is_as_exact_as_sdpa_however_far_exponents_lie_apart(of_embeddin
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e3, 1e12])
+@pytest.mark.usefixtures("kernel")
 def test_later_tokens_move_no_bit_of_earlier_heads(factor):
     torch.manual_seed(0)
     q, k, v, e_q = (t.detach() for t in inputs(T=300, S=300, d=8, spread=1.0, dtype=torch.float32))
@@ -127,6 +138,7 @@ def test_later_tokens_move_no_bit_of_earlier_heads(factor):
     assert torch.equal(before[:, :150], shared_score_attention(q, k, v, e_q, None, True)[:, :150])
 
 
+@pytest.mark.usefixtures("kernel")
 def test_padded_keys_and_other_rows_move_no_bit():
     torch.manual_seed(0)
     q, k, v, e_q = (t.detach() for t in inputs(B=3, T=60, S=60, d=8, spread=1.0, dtype=torch.float32))
@@ -139,6 +151,7 @@ def test_padded_keys_and_other_rows_move_no_bit():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("kernel")
 def test_half_precision_is_accumulated_in_float32(dtype):
     torch.manual_seed(0)
     arguments = [t.detach().to(dtype).requires_grad_() for t in inputs(T=200, S=200, d=16)]
