@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 IGNORE = -100
 """Target of a position that is not predicted."""
 
-LINE = 16
-"""Numbers in a line of a CPU's cache, at least."""
+LINE = 64
+"""Bytes of a line of a CPU's cache."""
 
 NEAR = 1_000_000
 """Logits that a softmax on a CPU has in hand at once."""
@@ -30,11 +30,11 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Sum of ``cross_entropy(hidden @ weightᵀ + bias, targets)`` without ever holding the logits of all tokens.
 
-    Logits live for one chunk at a time, in one place of memory for all chunks, in float32 for the softmax; gradients are
+    Logits live for one chunk at a time, all chunks in one place of memory, in float32 for the softmax; gradients are
     formed in the same pass, so that the product with ``weight`` is not repeated in the backward pass (unless that is
-    asked for twice, with ``retain_graph``). Positions whose target is ``-100`` count for nothing: on a CPU they are left
-    out before the product; elsewhere, where their number would have to be waited for, they go through it as zeros.
-    First derivatives only.
+    asked for twice, with ``retain_graph``). Positions whose target is ``-100`` count for nothing: on a CPU they are
+    left out before the product; elsewhere, where their number would have to be waited for, they go through it as
+    zeros. First derivatives only.
 
     Args:
         hidden: (..., D).
@@ -64,7 +64,7 @@ def linear_cross_entropy(
     elif not bool(predicted.all()):
         hidden, targets = hidden[predicted], targets[predicted]
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets, kept, label_smoothing, chunk_size, dtype)
     return loss
 
@@ -106,7 +106,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         kept: Tensor | None,
         label_smoothing: float,
         chunk_size: int,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, bias, targets, kept)
         ctx.options = label_smoothing, chunk_size, dtype, ctx.needs_input_grad[:3]
@@ -137,22 +137,24 @@ def _loss_and_gradients(
     kept: Tensor | None,
     label_smoothing: float,
     chunk_size: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor, Gradients]:
     """The loss summed over the positions ``kept`` (all if None), and its gradients by what is wanted of hidden states
-    (N, D), weight (V, D) and bias (V,); products are in ``dtype``."""
-    accumulator = _accumulator(dtype)
-    h, w = hidden.to(dtype), weight.to(dtype)
-    b = None if bias is None else bias.to(dtype)
+    (N, D), weight (V, D) and bias (V,); products are in ``dtype``, or their own if it is None."""
+    h, w, b = (t if t is None or dtype is None else t.to(dtype) for t in (hidden, weight, bias))
+    assert h is not None
+    assert w is not None
+    accumulator = _accumulator(h.dtype)
     d_h = torch.empty_like(h) if wanted[0] else None
     # summed over many chunks: in float32 even where the products are bf16
     d_w = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
     d_b = torch.zeros_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
     total = hidden.new_zeros((), dtype=accumulator)
-    # the system takes long to hand over pages of so many numbers: the same ones serve all chunks; rows that begin at
-    # lines of the cache make the product with the weight a sixth faster
-    logits = h.new_empty(min(chunk_size, h.shape[0]), -(-w.shape[0] // LINE) * LINE)[:, : w.shape[0]]
+    # a CPU's system takes long to hand over pages of so many numbers: the same ones serve all chunks; rows that begin
+    # at lines of its cache make the product with the weight a sixth faster
+    line = LINE // h.element_size() if h.is_cpu else 1
+    logits = h.new_empty(min(chunk_size, h.shape[0]), -(-w.shape[0] // line) * line)[:, : w.shape[0]]
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, h.shape[0], chunk_size):
             part = slice(start, start + chunk_size)
@@ -171,12 +173,12 @@ def _loss_and_gradients(
                 torch.mm(x, w, out=d_h[part])
             if d_w is None:
                 pass
-            elif d_w.dtype == dtype:
+            elif d_w.dtype == h.dtype:
                 torch.addmm(d_w, x.T, own, out=d_w)  # addmm_ is not counted as FLOPs
             else:
                 d_w += x.T @ own
             if d_b is not None:
-                d_b += x.sum(0) if k is None else k.to(dtype) @ x
+                d_b += x.sum(0) if k is None else k.to(x.dtype) @ x
     return total, (d_h, d_w, d_b)
 
 
@@ -184,21 +186,23 @@ def _softmax_loss(
     logits: Tensor, targets: Tensor, kept: Tensor | None = None, *, smoothing: float, gradient: bool
 ) -> Tensor:
     """The summed loss; what is in ``logits`` then is of no use, with ``gradient`` it is softmax − smoothed one-hot."""
-    x = _upcast(logits)
-    top = x.amax(-1, keepdim=True)
-    x.sub_(top)
-    chosen = x.gather(1, targets[:, None])
-    mean = x.mean(-1, keepdim=True) if smoothing else None
-    norm = x.exp_().sum(-1, keepdim=True)
-    loss = norm.log()
-    loss = loss - chosen if mean is None else loss - (1 - smoothing) * chosen - smoothing * mean
+    x, targets = _upcast(logits), targets[:, None]
+    if x.is_cpu:  # in place: another page costs more than another pass over numbers that are near
+        x.sub_(x.amax(-1, keepdim=True))
+    else:
+        x = x.log_softmax(-1)
+    chosen = x.gather(1, targets)
+    loss = -chosen if not smoothing else (smoothing - 1) * chosen - smoothing * x.mean(-1, keepdim=True)
+    if x.is_cpu:
+        norm = x.exp_().sum(-1, keepdim=True)
+        loss += norm.log()
     if gradient:
-        x.div_(norm)
+        p = x.div_(norm) if x.is_cpu else x.exp_()
         if smoothing:
-            x.sub_(smoothing / x.shape[1])
-        x.scatter_add_(1, targets[:, None], torch.full_like(chosen, smoothing - 1))
-        if x is not logits:
-            logits.copy_(x)
+            p.sub_(smoothing / p.shape[1])
+        p.scatter_add_(1, targets, torch.full_like(chosen, smoothing - 1))
+        if p is not logits:
+            logits.copy_(p)
     return _sum(loss[:, 0], kept)
 
 

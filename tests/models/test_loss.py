@@ -86,7 +86,9 @@ def test_ignored_positions_get_no_gradient():
     assert bool(gradient[~ignored].any(-1).all())
 
 
-def test_the_chunk_size_changes_nothing():
+@pytest.mark.parametrize("near", [1, 50, 10**6])
+def test_the_chunk_size_changes_nothing(near, monkeypatch):
+    monkeypatch.setattr("mhe_lightning.models.loss.NEAR", near)
     hidden, weight, b, targets = problem(batch=4, length=25, bias=True)
     results = []
     for chunk_size in (1, 2, 7, 99, 100, 101, 512):

@@ -143,8 +143,9 @@ def shared_backward(
     d_k: Tensor,
     d_v: Tensor,
 ) -> Tensor:
-    """Gradients from ``grad`` (B, T, n, d) and what `shared_forward` has found: those by ``chunk.q``, ``k`` and ``v`` are
-    written, that by ``chunk.e`` is returned.
+    """Gradients from ``grad`` (B, T, n, d) and what `shared_forward` has found.
+
+    Those by ``chunk.q``, ``k`` and ``v`` are written, that by ``chunk.e`` is returned.
 
     A block of keys at a time: what is as wide as all heads, (S, n·d), is then written once and never added to. Queries
     whose ``sums`` are 0 are left out.

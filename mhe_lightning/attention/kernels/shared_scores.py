@@ -123,7 +123,7 @@ def _attention_backward(
     normalizer: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients by q, k, v and e_q, from that by the heads, ``grad`` (B, T, n, d)."""
-    d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    d_q, d_k, d_v = (t.new_empty(t.shape) for t in (q, k, v))
     d_e = torch.zeros_like(e_q, dtype=normalizer.dtype)
     for rows, chunk in _chunks(q, k, v, e_q, mask, is_causal, scale):
         own_grad, own_heads = (t[rows].to(chunk.q.dtype) for t in (grad, heads))
@@ -132,7 +132,7 @@ def _attention_backward(
         if direct is not None:
             sums = sums.masked_fill(direct.unsqueeze(-1), 0.0)
         wanted = tuple(t[rows] for t in (d_q, d_k, d_v))
-        found = tuple(t if t.dtype == chunk.q.dtype else torch.empty_like(t, dtype=chunk.q.dtype) for t in wanted)
+        found = tuple(t if t.dtype == chunk.q.dtype else t.new_empty(t.shape, dtype=chunk.q.dtype) for t in wanted)
         d_e += _kernel(chunk).shared_backward(chunk, own_grad, own_heads, sums, level, *found)
         if direct is not None:
             own_grad = own_grad.masked_fill(~direct[:, :, None, None], 0.0)
@@ -166,7 +166,8 @@ def _attention_backward_on_gpu(
 def _gradient_shapes(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, e_q: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(e_q)
+    d_q, d_k, d_v, d_e = (t.new_empty(t.shape) for t in (q, k, v, e_q))
+    return d_q, d_k, d_v, d_e
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -232,4 +233,4 @@ def _chunks(
         for begin in range(0, q.shape[0], size):
             rows = slice(begin, begin + size)
             own_mask = mask if mask is None or mask.shape[0] == 1 else mask[rows]
-            yield rows, Chunk(*(t[rows].to(dtype) for t in (q, k, v)), e, own_mask, is_causal, scale)
+            yield rows, Chunk(q[rows].to(dtype), k[rows].to(dtype), v[rows].to(dtype), e, own_mask, is_causal, scale)

@@ -37,6 +37,7 @@ enum {
     ROWS = 96,     /* queries that a block of keys meets at once, backward */
     LINES = 16,    /* tokens that are put into panels at once; fewer than KEYS */
     PARTS = 8,     /* of the keys, whose gradients of queries are added up apart */
+    MOST_KEPT = 16 << 20, /* numbers of memory between calls */
 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -60,7 +61,29 @@ typedef struct {
 
 static size least(size a, size b) { return a < b ? a : b; }
 static size rounded(size a, size unit) { return (a + unit - 1) / unit * unit; }
-static float *numbers(size count) { return aligned_alloc(64, rounded(4 * count + 64, 64)); }
+
+/* Memory for the packed operands. What a call gives back is kept for the next one, up to a size: the system takes longer
+ * to hand over new pages than a short call computes. */
+typedef struct {
+    size count;
+    float numbers[] __attribute__((aligned(64)));
+} space;
+
+static space *kept;
+
+static space *take(size count) {
+    space *found = __atomic_exchange_n(&kept, NULL, __ATOMIC_ACQUIRE);
+    if (found && found->count >= count) return found;
+    free(found);
+    found = aligned_alloc(64, sizeof(space) + rounded(4 * count, 64));
+    if (found) found->count = count;
+    return found;
+}
+
+static void give_back(space *s) {
+    if (s && s->count <= MOST_KEPT) s = __atomic_exchange_n(&kept, s, __ATOMIC_ACQ_REL);
+    free(s);
+}
 
 static inline vec load(const float *p) { return *(const in_memory *)p; }
 static inline void store(float *p, vec x) { *(in_memory *)p = x; }
@@ -298,10 +321,11 @@ int shared_score_forward(const problem *p, const results *out) {
     size S = p->S, d = p->d, columns = columns_of(p), padded = rounded(S, NR), width = rounded(p->n, LANES);
     size blocks = (S + KEYS - 1) / KEYS, tiles = (p->T + QUERIES - 1) / QUERIES;
     size of_row = padded * d + columns / NR * apart(S) + rounded(S * width, NR);
-    size of_thread = QUERIES * (padded + NR + columns) + LINES * columns;
-    float *packed = numbers(p->B * of_row), *own = numbers(p->threads * of_thread);
-    int state = packed && own ? 0 : -1;
-    if (!state) {
+    size of_thread = QUERIES * (padded + NR + columns); /* more than LINES * columns */
+    space *memory = take(p->B * of_row + p->threads * of_thread);
+    int state = memory ? 0 : -1;
+    if (memory) {
+        float *packed = memory->numbers, *own = packed + p->B * of_row;
 #pragma omp parallel num_threads(p->threads)
         {
             float *mine = own + omp_get_thread_num() * of_thread;
@@ -322,8 +346,7 @@ int shared_score_forward(const problem *p, const results *out) {
             }
         }
     }
-    free(packed);
-    free(own);
+    give_back(memory);
     return state;
 }
 
@@ -404,7 +427,7 @@ static void backward_block(
     const gradients *out
 ) {
     size T = p->T, S = p->S, n = p->n, d = p->d, nd = n * d, columns = columns_of(p);
-    size deep = rounded(d, NR), width = rounded(n, LANES), count = least(KEYS, S - first);
+    size deep = rounded(d, NR), width = rounded(n, LANES), count = least(KEYS, S - first), padded = rounded(count, NR);
     float *e = space, *d_s = e + ROWS * KEYS, *d_w = d_s + ROWS * KEYS; /* (ROWS, KEYS) twice; (KEYS, columns) */
     float *d_k = d_w + KEYS * columns;                                  /* (KEYS, deep) */
     memset(d_w, 0, 4 * KEYS * (columns + deep));
@@ -428,10 +451,8 @@ static void backward_block(
             for (size r = t; r < t + rows; r++) {
                 float level = *of_token(&found->sums, b, r) == 0 ? INFINITY : *of_token(&found->level, b, r);
                 float *x = e + (r - begin) * KEYS;
-                hide(p, b, r, first, first + rounded(count, NR), x);
-                for (size s = count; s < rounded(count, NR); s++) x[s] = -INFINITY;
-                for (size s = 0; s < count; s += LANES)
-                    store(x + s, exponential(load(x + s) - level));
+                hide(p, b, r, first, first + padded, x);
+                for (size s = 0; s < padded; s += LANES) store(x + s, exponential(load(x + s) - level));
             }
         }
         for (size j = 0; j < columns; j += DEPTH)
@@ -444,7 +465,8 @@ static void backward_block(
                             row->weighed + (first + s) * columns + j * NR, d_s + (t - begin) * KEYS + s, KEYS, j > 0
                         );
                 }
-        for (size x = 0; x < (end - begin) * KEYS; x += LANES) store(d_s + x, load(d_s + x) * load(e + x));
+        for (size t = 0; t < end - begin; t++)
+            for (size x = t * KEYS; x < t * KEYS + padded; x += LANES) store(d_s + x, load(d_s + x) * load(e + x));
         for (size j = 0; j < columns; j += NR)
             for (size s = 0; s < count; s += MR) {
                 size from = p->is_causal && first + s > begin ? first + s : begin;
@@ -498,11 +520,11 @@ int shared_score_backward(const problem *p, const results *found, const matrix *
     size width = rounded(p->n, LANES), deep = rounded(d, NR);
     size blocks = (S + KEYS - 1) / KEYS, tiles = (T + ROWS - 1) / ROWS, parts = least(blocks, PARTS);
     size of_row = padded * (d + columns) + rounded(S * width, NR) + deep / NR * apart(S) + (deep + columns) / NR * apart(T);
-    size of_block = 2 * ROWS * KEYS + KEYS * (columns + deep), of_thread = of_block > NR * d ? of_block : NR * d;
-    float *packed = numbers(p->B * of_row), *own = numbers(p->threads * of_thread);
-    float *partial = numbers(p->B * parts * T * deep);
-    int state = packed && own && partial ? 0 : -1;
-    if (!state) {
+    size of_block = 2 * ROWS * KEYS + KEYS * (columns + deep), of_thread = rounded(of_block > NR * d ? of_block : NR * d, NR);
+    space *memory = take(p->B * of_row + p->threads * of_thread + p->B * parts * T * deep);
+    int state = memory ? 0 : -1;
+    if (memory) {
+        float *packed = memory->numbers, *own = packed + p->B * of_row, *partial = own + p->threads * of_thread;
 #pragma omp parallel num_threads(p->threads)
         {
             float *mine = own + omp_get_thread_num() * of_thread;
@@ -539,8 +561,6 @@ int shared_score_backward(const problem *p, const results *found, const matrix *
             }
         }
     }
-    free(packed);
-    free(own);
-    free(partial);
+    give_back(memory);
     return state;
 }

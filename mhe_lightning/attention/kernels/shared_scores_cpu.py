@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_float, c_int, c_ssize_t, c_void_p
+from ctypes import c_float, c_int, c_ssize_t, c_void_p
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class _Matrix(ctypes.Structure):
     @classmethod
     def of(cls, t: Tensor) -> _Matrix:
         assert t.dtype == torch.float32
-        assert t[0, 0].is_contiguous()
+        assert t.shape[2] == 1 or t.stride(2) == 1 or not t.numel()
         return cls(t.data_ptr(), t.stride(0), t.stride(1))
 
 
@@ -47,13 +47,14 @@ class _Gradients(ctypes.Structure):
 
 def applies(chunk: Chunk) -> bool:
     """Whether the functions here can take the place of their twins in `blocks`."""
-    return chunk.q.dtype == torch.float32 and chunk.q.is_cpu and _library() is not None
+    return chunk.q.dtype == torch.float32 and chunk.q.is_cpu and compiled.load(SOURCE) is not None
 
 
 def shared_forward(chunk: Chunk, heads: Tensor, sums: Tensor, level: Tensor) -> None:
     """As `blocks.shared_forward`."""
     problem, _keep = _problem(chunk)
-    results = _Results(*(_Matrix.of(t) for t in (heads.flatten(2), sums, level)))
+    B, T, n, d = heads.shape
+    results = _Results(*(_Matrix.of(t) for t in (heads.view(B, T, n * d), sums, level)))
     _call("shared_score_forward", problem, results)
 
 
@@ -69,22 +70,12 @@ def shared_backward(
 ) -> Tensor:
     """As `blocks.shared_backward`."""
     problem, _keep = _problem(chunk)
-    grad = grad.flatten(2).contiguous()
-    results = _Results(*(_Matrix.of(t) for t in (heads.flatten(2), sums, level)))
-    d_r = torch.empty(chunk.r.shape)
+    grad, heads = grad.flatten(2).contiguous(), heads.flatten(2).contiguous()
+    results = _Results(*(_Matrix.of(t) for t in (heads, sums, level)))
+    d_r = chunk.r.new_empty(chunk.r.shape)
     gradients = _Gradients(*(_Matrix.of(t) for t in (d_q, d_k, d_v, d_r)))
     _call("shared_score_backward", problem, results, _Matrix.of(grad), gradients)
     return through_r(chunk, d_r, d_k)
-
-
-def _library() -> ctypes.CDLL | None:
-    library = compiled.load(SOURCE)
-    if library is not None:
-        library.shared_score_forward.argtypes = [POINTER(_Problem), POINTER(_Results)]
-        library.shared_score_backward.argtypes = [
-            *(POINTER(kind) for kind in (_Problem, _Results, _Matrix, _Gradients))
-        ]
-    return library
 
 
 def _problem(chunk: Chunk) -> tuple[_Problem, tuple[Tensor | None, ...]]:
@@ -100,7 +91,7 @@ def _problem(chunk: Chunk) -> tuple[_Problem, tuple[Tensor | None, ...]]:
 
 
 def _call(name: str, *arguments: ctypes.Structure) -> None:
-    library = _library()
+    library = compiled.load(SOURCE)
     assert library is not None
-    if getattr(library, name)(*arguments) < 0:
+    if getattr(library, name)(*(ctypes.byref(argument) for argument in arguments)) < 0:
         raise MemoryError("there is no memory for the operands of shared scores; take fewer tokens at once")

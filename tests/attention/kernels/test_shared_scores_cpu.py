@@ -9,10 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhe_lightning.attention.kernels import compiled, shared_scores_cpu
+from mhe_lightning.attention.kernels import compiled, shared_scores, shared_scores_cpu
+from mhe_lightning.attention.kernels.blocks import Chunk
 from mhe_lightning.attention.kernels.shared_scores import shared_score_attention
 
-needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc here, which the kernel is compiled with")
+compiles = pytest.mark.skipif(
+    compiled.load(shared_scores_cpu.SOURCE) is None, reason="the kernel does not compile here"
+)
 
 
 def mask_of(kind, B, T, S):
@@ -29,18 +32,18 @@ def results(arguments, mask, is_causal, grad, dtype=torch.float32):
 
 
 def problem(B, T, S, d, n, spread):
-    """Queries, keys and values that lie within one tensor, as those of one projection do, embeddings, and a gradient."""
+    """Queries, keys and values within one tensor, as those of one projection are, embeddings, and a gradient."""
     q, k, v = torch.randn(B, max(T, S), 3 * d).chunk(3, -1)
     return [q[:, :T], k[:, :S], v[:, :S], spread * torch.randn(n, d)], torch.randn(B, T, n, d)
 
 
-@needs_gcc
+@compiles
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(
     seed=st.integers(0, 2**20),
     B=st.integers(1, 3),
-    T=st.integers(1, 220),
-    S=st.integers(1, 220),
+    T=st.integers(1, 300),
+    S=st.integers(1, 300),
     d=st.sampled_from([1, 5, 8, 16, 33, 64, 100]),
     n=st.integers(1, 18),
     spread=st.sampled_from([0.0, 0.3, 3.0]),
@@ -57,7 +60,43 @@ def test_results_and_gradients_are_those_of_float64(seed, B, T, S, d, n, spread,
         assert (a - b).abs().max() <= 2e-5 * (1 + b.abs().max())
 
 
-@needs_gcc
+@compiles
+@pytest.mark.parametrize("kind", [None, "pairs"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_long_rows_and_batches_in_several_parts(kind, is_causal, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(shared_scores, "CHUNK", 1000 * 3 * 8)  # of batches: as many rows as there are threads
+    arguments, grad = problem(5, 1000, 1000, 8, 3, 0.3)
+    mask = mask_of(kind, 5, 1000, 1000)
+    found = results(arguments, mask, is_causal, grad)
+    exact = results(arguments, mask, is_causal, grad, torch.float64)
+    for a, b in zip(found, exact, strict=True):
+        assert (a - b).abs().max() <= 2e-5 * (1 + b.abs().max())
+
+
+@compiles
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_any_strides_and_no_tokens_will_do(default):
+    torch.manual_seed(0)
+    arguments, grad = problem(2, 40, 40, 8, 3, 0.3)
+    expected = results(arguments, None, True, grad)
+    torch.set_default_dtype(default)
+    try:
+        others = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in arguments[:3]]
+        given = [t.requires_grad_() for t in (*others, arguments[3].T.contiguous().T)]
+        heads = shared_score_attention(*given, None, True)
+        turned = grad.transpose(2, 3).contiguous().transpose(2, 3)
+        found = [heads.detach(), *torch.autograd.grad(heads, given, turned)]
+        nothing = shared_score_attention(given[0][:, :0], *given[1:])
+        nothing.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert nothing.shape == (2, 0, 3, 8)
+
+
+@compiles
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_it_is_the_kernel_that_computes(is_causal, monkeypatch):
     torch.manual_seed(0)
@@ -70,17 +109,22 @@ def test_it_is_the_kernel_that_computes(is_causal, monkeypatch):
         assert (a - b).abs().max() <= 2e-6 * b.abs().max()
 
 
-@needs_gcc
+@compiles
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_the_number_of_threads_moves_no_bit(is_causal):
+def test_the_number_of_threads_moves_no_bit_of_what_the_kernel_gives(is_causal):
     torch.manual_seed(0)
     arguments, grad = problem(3, 250, 250, 24, 5, 0.3)
+    chunk = Chunk(*arguments, None, is_causal, 0.2)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(results(arguments, None, is_causal, grad))
+            heads, sums, level = torch.empty_like(grad), torch.empty(3, 250, 5), torch.empty(3, 250, 1)
+            shared_scores_cpu.shared_forward(chunk, heads, sums, level)
+            d_q, d_k, d_v = (torch.empty(3, 250, 24) for _ in range(3))
+            shared_scores_cpu.shared_backward(chunk, grad, heads, sums, level, d_q, d_k, d_v)
+            found.append((heads, sums, level, d_q, d_v))  # not d_k, to which torch adds a product of its own
     finally:
         torch.set_num_threads(before)
     for others in found[1:]:
@@ -101,33 +145,51 @@ def fresh(monkeypatch, tmp_path):
     compiled.load.cache_clear()
 
 
-@needs_gcc
+@compiles
 def test_a_library_is_compiled_once(fresh, tmp_path, monkeypatch):
     assert fresh() is not None
-    (kept,) = (tmp_path / "cache" / "mhe_lightning").iterdir()
-    assert kept.stat().st_uid == os.getuid()
+    assert len(list((tmp_path / "cache" / "mhe_lightning").iterdir())) == 1
     monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
     assert fresh() is not None
 
 
-@needs_gcc
-def test_a_library_of_somebody_else_is_not_loaded(fresh, monkeypatch):
+@compiles
+def test_a_damaged_library_is_made_again(fresh, tmp_path, monkeypatch):
     assert fresh() is not None
+    (whole,) = (tmp_path / "cache" / "mhe_lightning").iterdir()
+    # elsewhere: what a process has loaded it does not load again
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    damaged = tmp_path / "other" / "mhe_lightning" / whole.name
+    damaged.parent.mkdir(parents=True, mode=0o700)
+    damaged.write_bytes(b"damaged")
+    assert fresh() is not None
+    assert damaged.stat().st_size == whole.stat().st_size
+
+
+@compiles
+@pytest.mark.parametrize("whose", ["somebody else's", "everybody's"])
+def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(whose, fresh, tmp_path, monkeypatch):
+    assert fresh() is not None
+    folder = tmp_path / "cache" / "mhe_lightning"
     made = []
     own = compiled._compile
-    monkeypatch.setattr(compiled, "_compile", lambda *call: made.append(call) or own(*call))
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    monkeypatch.setattr(compiled, "_compile", lambda *call: made.append(call[-1]) or own(*call))
+    if whose == "everybody's":
+        folder.chmod(0o777)
+    else:
+        owner = folder.stat().st_uid
+        monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     assert fresh() is not None
-    assert made
+    assert [folder in path.parents for path in made] == [False]
 
 
-@needs_gcc
+@compiles
 def test_a_folder_that_cannot_be_written_to_costs_a_compilation_only(fresh, tmp_path):
     (tmp_path / "cache").write_text("a file where the folder would be")
     assert fresh() is not None
 
 
-@needs_gcc
+@compiles
 def test_a_compiler_that_fails_is_told_of_and_plain_torch_takes_over(fresh, monkeypatch, caplog):
     torch.manual_seed(0)
     arguments, grad = problem(1, 20, 20, 8, 3, 0.3)
