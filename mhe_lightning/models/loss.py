@@ -151,13 +151,14 @@ def _loss_and_gradients(
     d_w = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
     d_b = torch.zeros_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
     total = hidden.new_zeros((), dtype=accumulator)
+    size = -(-h.shape[0] // max(1, -(-h.shape[0] // chunk_size)))  # chunks of one size, the least that are as few
     # a CPU's system takes long to hand over pages of so many numbers: the same ones serve all chunks; rows that begin
     # at lines of its cache make the product with the weight a sixth faster
     line = LINE // h.element_size() if h.is_cpu else 1
-    logits = h.new_empty(min(chunk_size, h.shape[0]), -(-w.shape[0] // line) * line)[:, : w.shape[0]]
+    logits = h.new_empty(size, -(-w.shape[0] // line) * line)[:, : w.shape[0]]
     with torch.autocast(hidden.device.type, enabled=False):
-        for start in range(0, h.shape[0], chunk_size):
-            part = slice(start, start + chunk_size)
+        for start in range(0, h.shape[0], max(1, size)):
+            part = slice(start, start + size)
             own, k = h[part], None if kept is None else kept[part]
             t = targets[part] if k is None else torch.where(k, targets[part], 0)  # any token
             x = logits[: own.shape[0]]
@@ -165,8 +166,8 @@ def _loss_and_gradients(
                 torch.mm(own, w.T, out=x)
             else:
                 torch.addmm(b, own, w.T, out=x)
-            size = _rows_at_once(x)
-            parts = (c.split(size) for c in (x, t)) if k is None else (c.split(size) for c in (x, t, k))
+            near = _rows_at_once(x)
+            parts = (c.split(near) for c in (x, t)) if k is None else (c.split(near) for c in (x, t, k))
             for some in zip(*parts, strict=True):
                 total += _softmax_loss(*some, smoothing=label_smoothing, gradient=any(wanted))
             if d_h is not None:

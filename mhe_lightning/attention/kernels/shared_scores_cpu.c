@@ -37,7 +37,7 @@ enum {
     ROWS = 96,     /* queries that a block of keys meets at once, backward */
     LINES = 16,    /* tokens that are put into panels at once; fewer than KEYS */
     PARTS = 8,     /* of the keys, whose gradients of queries are added up apart */
-    MOST_KEPT = 16 << 20, /* numbers of memory between calls */
+    MOST_KEPT = 16 << 20, /* numbers in memory that is kept between calls */
 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -423,12 +423,12 @@ static void pack_backward_queries(
 
 /* Gradients of the keys from `first` on; adds to those of all queries, d_q (T, deep). */
 static void backward_block(
-    const problem *p, const results *found, const backward_row *row, size b, size first, float *space, float *d_q,
+    const problem *p, const results *found, const backward_row *row, size b, size first, float *scratch, float *d_q,
     const gradients *out
 ) {
     size T = p->T, S = p->S, n = p->n, d = p->d, nd = n * d, columns = columns_of(p);
     size deep = rounded(d, NR), width = rounded(n, LANES), count = least(KEYS, S - first), padded = rounded(count, NR);
-    float *e = space, *d_s = e + ROWS * KEYS, *d_w = d_s + ROWS * KEYS; /* (ROWS, KEYS) twice; (KEYS, columns) */
+    float *e = scratch, *d_s = e + ROWS * KEYS, *d_w = d_s + ROWS * KEYS; /* (ROWS, KEYS) twice; (KEYS, columns) */
     float *d_k = d_w + KEYS * columns;                                  /* (KEYS, deep) */
     memset(d_w, 0, 4 * KEYS * (columns + deep));
     for (size begin = p->is_causal ? first : 0; begin < T; begin += ROWS) {
