@@ -208,8 +208,12 @@ def _softmax_loss(
 
 
 def _rows_at_once(logits: Tensor) -> int:
-    """Rows whose numbers stay near a CPU's cores while a softmax goes through them again and again."""
-    return max(1, NEAR // logits.shape[1]) if logits.is_cpu else logits.shape[0]
+    """Rows whose numbers stay near a CPU's cores while a softmax goes through them again and again.
+
+    All of a tensor without numbers (`mhe_lightning.tracing`), in which each operation costs the same.
+    """
+    near = logits.is_cpu and type(logits) is Tensor
+    return max(1, NEAR // logits.shape[1]) if near else logits.shape[0]
 
 
 def _selects(device: torch.device) -> bool:
