@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import importlib.metadata
 import json
@@ -31,6 +32,40 @@ ATTENTIONS: dict[str, Callable[..., Attention]] = {
     "mhe_mul": partial(MHE, combine="multiply"),
     "sha": SHA,
 }
+
+
+FREED_MEMORY = {"kept": {-4: 0, -1: -1}, "returned": {-3: 2**16}, "default": {}}
+"""What the C library does with memory that is freed, and the parameters of glibc's ``mallopt`` for it.
+
+"kept": no mappings for large requests (M_MMAP_MAX = 0), nothing trimmed (M_TRIM_THRESHOLD = -1), so that a step works
+in the pages of the one before. "returned": each request from 64 KiB on a mapping of its own (M_MMAP_THRESHOLD), gone
+when it is freed, so that the peak is what is in use. "default": some of both, by thresholds that move.
+"""
+
+
+def handle_freed_memory(how: str) -> None:
+    """Choose one of `FREED_MEMORY` for the rest of this process.
+
+    Raises:
+        RuntimeError: the C library is not glibc, or refuses.
+    """
+    for parameter, value in FREED_MEMORY[how].items():
+        set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+        if set_option is None or not set_option(parameter, value):
+            raise RuntimeError(f"this C library cannot have freed memory {how}; use --freed_memory default")
+
+
+def add_freed_memory(parser: argparse.ArgumentParser) -> None:
+    """The option of which `handle_freed_memory` is told, by default the one with which all models are fastest."""
+    parser.add_argument(
+        "--freed_memory", choices=("kept", "default"), default="kept", help="while times are taken (glibc)"
+    )
+
+
+def freed_memory_sentence(settings: Mapping[str, Any]) -> str:
+    """What became of freed memory in a run, as the end of a sentence; nothing of runs that did not choose."""
+    how = settings.get("freed_memory", "default")
+    return "" if how == "default" else f", freed memory {how} for the next step"
 
 
 def machine() -> dict[str, Any]:

@@ -27,8 +27,11 @@ from typing import Any
 import torch
 from common import (
     ATTENTIONS,
+    add_freed_memory,
     compared,
     description,
+    freed_memory_sentence,
+    handle_freed_memory,
     interleaved,
     machine_sentence,
     markdown_table,
@@ -205,9 +208,15 @@ def check_same_function(family: Family, options: argparse.Namespace) -> dict[str
 def measure_memory(
     family: Family, name: str, options: argparse.Namespace, dropouts: tuple[float, float]
 ) -> dict[str, Any]:
-    """Peak of training a model, in MiB above what this process, a new one, holds before the model is made."""
+    """Peak of training a model, in MiB above what this process, a new one, holds before the model is made.
+
+    What is freed on a CPU goes back to the system: a C library that keeps some of it would add up to a fifth, and
+    another amount in each run.
+    """
     torch.set_num_threads(options.threads)
     on_gpu = torch.device(options.device).type == "cuda"
+    if not on_gpu and options.freed_memory != "default":
+        handle_freed_memory("returned")
     tiny = argparse.Namespace(**{**vars(options), **TINY})
     Trained(family, name, tiny, dropouts).step(family.batch(tiny))  # loads what is loaded at first use
     gc.collect()
@@ -288,8 +297,8 @@ def page(record: Mapping[str, Any]) -> str:
     reference = settings["reference"]
     sizes = ", ".join(f"{name} {settings[name]}" for name in record["sizes"])
     parts = [
-        f"{record['title']}: {sizes}; {settings['dtype']}; medians (quartiles) over {settings['rounds']} rounds. "
-        f"{machine_sentence(record['machine'])} {sentence(record['roofline'])}\n"
+        f"{record['title']}: {sizes}; {settings['dtype']}; medians (quartiles) over {settings['rounds']} rounds"
+        f"{freed_memory_sentence(settings)}. {machine_sentence(record['machine'])} {sentence(record['roofline'])}\n"
     ]
     for run in record["runs"]:
         head = ["model", "step, s", "tokens/s", f"× {reference}", f"FLOPs, {reference}'s ÷ its", "× fastest peer"]
@@ -337,6 +346,7 @@ def parsed(family: Family, doc: str | None, arguments: Sequence[str] | None) -> 
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="by autocast")
     parser.add_argument("--compile", action="store_true", help="every model, by torch.compile")
+    add_freed_memory(parser)
     parser.add_argument("--out", type=Path, help="JSON file to write, with a Markdown file beside it")
     options = parser.parse_args(arguments)
     if len(options.dropout) != len(options.attention_dropout):
@@ -351,6 +361,8 @@ def run(family: Family, doc: str | None, arguments: Sequence[str] | None = None)
     """What a script of a family does."""
     options = parsed(family, doc, arguments)
     torch.set_num_threads(options.threads)
+    if options.rounds:
+        handle_freed_memory(options.freed_memory)
     described = description(*family.packages)
     roofline = measure(options.device, getattr(torch, options.dtype))
     print(sentence(roofline), flush=True)

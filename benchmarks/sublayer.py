@@ -34,8 +34,11 @@ import torch
 from candidates import OURS, PEERS, Plain, available, make, work_of
 from common import (
     ATTENTIONS,
+    add_freed_memory,
     compared,
     description,
+    freed_memory_sentence,
+    handle_freed_memory,
     interleaved,
     machine_sentence,
     markdown_table,
@@ -191,7 +194,8 @@ def page(record: Mapping[str, Any]) -> str:
     ]
     parts = [
         f"One attention sublayer, D = {settings['width']}, n = {settings['heads']}, {settings['dtype']}, dropout 0; "
-        f"medians (quartiles) over {settings['rounds']} rounds. {machine_sentence(record['machine'])} "
+        f"medians (quartiles) over {settings['rounds']} rounds{freed_memory_sentence(settings)}. "
+        f"{machine_sentence(record['machine'])} "
         f"{sentence(record['roofline'])}\n"
     ]
     for case, candidates in record["cases"].items():
@@ -240,12 +244,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--candidates", nargs="+", choices=(*PEERS, *OURS), help="all that can run if not given")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add_freed_memory(parser)
     parser.add_argument("--out", type=Path, help="JSON file to write, with a Markdown file beside it")
     options = parser.parse_args(arguments)
     options.candidates = options.candidates or available(options.device)
     if REFERENCE not in options.candidates:
         parser.error(f"--candidates must have {REFERENCE} among them, to which the others are compared")
     torch.set_num_threads(options.threads)
+    handle_freed_memory(options.freed_memory)
     described = description()
     roofline = measure(options.device, getattr(torch, options.dtype))
     print(sentence(roofline), flush=True)

@@ -18,6 +18,7 @@ from mhe_lightning.attention.base import takes_parts
 from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import share, split_columns, split_rows
 from mhe_lightning.attention.unpadded import Unpadded
+from mhe_lightning.models.gelu_linear import gelu_linear
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Recompute = bool | Literal["selective"]
@@ -71,7 +72,12 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.mesh is not None:
             x = share(x, self.mesh)
-        return self.w_2(ACTIVATIONS[self.activation](self.w_1(x)))
+        x = self.w_1(x)
+        if self.activation == "gelu":
+            return gelu_linear(x, self.w_2, "none")
+        if self.activation == "gelu_tanh":
+            return gelu_linear(x, self.w_2, "tanh")
+        return self.w_2(ACTIVATIONS[self.activation](x))
 
 
 class Block(nn.Module):

@@ -148,7 +148,9 @@ def _loss_and_gradients(
     accumulator = _accumulator(h.dtype)
     d_h = torch.empty_like(h) if wanted[0] else None
     # summed over many chunks: in float32 even where the products are bf16
-    d_w = torch.zeros_like(weight, dtype=accumulator) if wanted[1] else None
+    d_w = torch.empty_like(weight, dtype=accumulator) if wanted[1] else None
+    if d_w is not None and (d_w.dtype != h.dtype or not h.shape[0]):
+        d_w.zero_()
     d_b = torch.zeros_like(bias, dtype=accumulator) if bias is not None and wanted[2] else None
     total = hidden.new_zeros((), dtype=accumulator)
     size = -(-h.shape[0] // max(1, -(-h.shape[0] // chunk_size)))  # chunks of one size, the least that are as few
@@ -174,10 +176,12 @@ def _loss_and_gradients(
                 torch.mm(x, w, out=d_h[part])
             if d_w is None:
                 pass
-            elif d_w.dtype == h.dtype:
-                torch.addmm(d_w, x.T, own, out=d_w)  # addmm_ is not counted as FLOPs
-            else:
+            elif d_w.dtype != h.dtype:
                 d_w += x.T @ own
+            elif not start:
+                torch.mm(x.T, own, out=d_w)
+            else:
+                torch.addmm(d_w, x.T, own, out=d_w)  # addmm_ is not counted as FLOPs
             if d_b is not None:
                 d_b += x.sum(0) if k is None else k.to(x.dtype) @ x
     return total, (d_h, d_w, d_b)

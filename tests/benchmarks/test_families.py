@@ -40,7 +40,7 @@ def candidates(benchmarks_importable):
 
 def test_sublayers_are_timed_with_all_candidates(sublayer, candidates, tmp_path):
     out = tmp_path / "sublayer.json"
-    sublayer.main(f"--width 16 --heads 4 --sizes 2x8 --rounds 2 --threads 1 --out {out}".split())
+    sublayer.main(f"--width 16 --heads 4 --sizes 2x8 --rounds 2 --threads 1 --freed_memory default --out {out}".split())
     record = json.loads(out.read_text())
     assert set(record["cases"]) == {"2 x 8, causal", "2 x 8, full"}
     for case in record["cases"].values():
@@ -102,7 +102,16 @@ def test_saved_bytes_of_plain_attention_are_its_input_q_k_v_output_and_normalise
 def test_steps_are_timed_beside_all_peers(script, peers, quick_roofline, tmp_path):
     out = tmp_path / "step.json"
     importlib.import_module(script).main(
-        step("--attentions", "mha", "mhe_add", "--memory_steps", "0", "--rounds", "2", "--out", str(out))
+        step(
+            "--attentions",
+            "mha",
+            "mhe_add",
+            "--memory_steps=0",
+            "--rounds=2",
+            "--freed_memory=default",
+            "--out",
+            str(out),
+        )
     )
     record = json.loads(out.read_text())
     models = record["runs"][0]["models"]
@@ -121,6 +130,14 @@ def test_a_model_that_computes_something_else_is_refused(quick_roofline, monkeyp
     )
     with pytest.raises(RuntimeError, match=r"mha: loss is .* from BertForMaskedLM's"):
         steps.check_same_function(encoder_step.FAMILY, options)
+
+
+def test_a_c_library_without_mallopt_is_named(benchmarks_importable, monkeypatch):
+    common = importlib.import_module("common")
+    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: object())
+    common.handle_freed_memory("default")
+    with pytest.raises(RuntimeError, match="cannot have freed memory kept; use --freed_memory default"):
+        common.handle_freed_memory("kept")
 
 
 @pytest.mark.slow

@@ -1,0 +1,93 @@
+"""A linear layer of a GELU, whose result is not kept for the backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mhe_lightning.attention import MHA
+from mhe_lightning.attention.products import Linear
+from mhe_lightning.models import Encoder, layers
+from mhe_lightning.models.gelu_linear import gelu_linear
+
+
+def plainly(x, layer, approximate):
+    """The same, in which autograd keeps what it wants."""
+    return F.linear(F.gelu(x, approximate=approximate), layer.weight, layer.bias)
+
+
+def output_and_gradients(function, x, layer, approximate):
+    x = x.detach().requires_grad_()
+    y = function(x, layer, approximate)
+    wanted = [t for t in (x, layer.weight, layer.bias) if t is not None and t.requires_grad]
+    return y, *torch.autograd.grad(y, wanted, torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+
+
+@given(
+    shape=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    bias=st.booleans(),
+    approximate=st.sampled_from(["none", "tanh"]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_outputs_and_gradients_are_those_of_autograd_to_the_bit(shape, bias, approximate, dtype):
+    torch.manual_seed(0)
+    layer = Linear(6, 5, bias=bias).to(dtype)
+    x = torch.randn(*shape, 6, dtype=dtype)
+    ours, plain = (output_and_gradients(f, x, layer, approximate) for f in (gelu_linear, plainly))
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
+def test_gradients_under_autocast_are_those_of_autograd():
+    torch.manual_seed(0)
+    layer, x = Linear(6, 5), torch.randn(3, 6)
+    found = []
+    for function in (gelu_linear, plainly):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = function(x.requires_grad_(), layer, "none")
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, layer.weight, layer.bias))))
+    assert found[0][0].dtype == torch.bfloat16
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_frozen_layer_gets_no_gradient():
+    layer, x = Linear(6, 5).requires_grad_(False), torch.randn(3, 6, requires_grad=True)
+    gelu_linear(x, layer, "none").sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is layer.bias.grad is None
+
+
+def test_a_layer_with_hooks_or_of_another_class_is_called():
+    seen = []
+    for layer in (Linear(6, 5), nn.Linear(6, 5)):
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
+        gelu_linear(torch.randn(3, 6), layer, "none")
+    assert seen == [Linear, nn.Linear]
+
+
+def saved_by(net, tokens):
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        hidden = net(tokens)  # alive until all is counted
+    for parameter in net.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    del hidden
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_a_block_keeps_one_number_less_of_each_hidden_unit(activation, monkeypatch):
+    torch.manual_seed(0)
+    tokens, hidden = torch.randint(9, (2, 8)), 64
+    net = Encoder(9, MHA, width=16, n_heads=2, n_layers=3, max_length=8, ff_width=hidden, activation=activation)
+    ours = saved_by(net, tokens)
+    monkeypatch.setattr(layers, "gelu_linear", plainly)
+    assert saved_by(net, tokens) - ours == 3 * tokens.numel() * hidden * 4
