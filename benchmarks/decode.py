@@ -34,7 +34,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import ATTENTIONS, compared, description, interleaved, markdown_table, peer, quartiles, write_results
+from common import (
+    ATTENTIONS,
+    add_freed_memory,
+    compared,
+    description,
+    freed_memory_sentence,
+    handle_freed_memory,
+    interleaved,
+    markdown_table,
+    peer,
+    quartiles,
+    write_results,
+)
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -327,11 +339,13 @@ def main() -> None:
     parser.add_argument("--reference", help="the candidate that others are compared to; the first if not given")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    add_freed_memory(parser)
     parser.add_argument("--out", type=Path, help="JSON file to write, and a Markdown table beside it")
     options = parser.parse_args()
     if options.peers and (options.ragged or len(options.heads) > 1):
         parser.error("--ragged and several --heads are of ours alone; give --peers without a name")
     torch.set_num_threads(options.threads)
+    handle_freed_memory(options.freed_memory)
     if "text" in options.ways:
         texts = [piece.text for piece, _ in zip(EmbeddedSource().pieces("train"), range(2000), strict=False)]
         options.tokenizer = train_tokenizer(texts, "bpe", options.vocab)
@@ -346,7 +360,10 @@ def main() -> None:
         for name in ("tokenizer", "ids"):
             vars(options).pop(name, None)
         write_results(options.out, options, about, shapes=results)
-        lines = [f"{key}: {value}\n" for key, value in about.items()]
+        told = (
+            f"medians over {options.rounds} rounds after one that is not counted{freed_memory_sentence(vars(options))}"
+        )
+        lines = [f"{told}\n", *(f"{key}: {value}\n" for key, value in about.items())]
         options.out.with_suffix(".md").write_text("\n".join([*tables, "".join(lines)]), encoding="utf-8")
 
 

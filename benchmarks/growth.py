@@ -27,8 +27,11 @@ import torch
 from candidates import PEERS, make, work_of
 from common import (
     ATTENTIONS,
+    add_freed_memory,
     compared,
     description,
+    freed_memory_sentence,
+    handle_freed_memory,
     interleaved,
     machine_sentence,
     markdown_table,
@@ -117,8 +120,8 @@ def page(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     parts = [
         f"Forward and backward of a sublayer, D = {settings['width']}, {settings['mask']}, float32, dropout 0; medians "
-        f"(quartiles) over {settings['rounds']} rounds. {machine_sentence(record['machine'])} "
-        f"{sentence(record['roofline'])}\n"
+        f"(quartiles) over {settings['rounds']} rounds{freed_memory_sentence(settings)}. "
+        f"{machine_sentence(record['machine'])} {sentence(record['roofline'])}\n"
     ]
     for axis, one in record["axes"].items():
         names = list(one["slopes"])
@@ -159,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--candidates", nargs="+", choices=(*PEERS, *ATTENTIONS), default=[REFERENCE, "mqa", "mhe_add", "mhe_mul"]
     )
+    add_freed_memory(parser)
     parser.add_argument("--out", type=Path, help="JSON file to write, with Markdown and plots beside it")
     options = parser.parse_args(arguments)
     if REFERENCE not in options.candidates:
@@ -166,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out:
         peer("matplotlib", "pip install 'mhe-lightning[benchmark]'")
     torch.set_num_threads(options.threads)
+    handle_freed_memory(options.freed_memory)
     described, roofline = description(), measure(options.device)
     print(sentence(roofline), flush=True)
     (rows_t, heads_t), (rows_n, length_n), (length_b, heads_b) = options.tokens_at, options.heads_at, options.batch_at

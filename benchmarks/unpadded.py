@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ATTENTIONS, compared, description, interleaved, markdown_table, write_results
+from common import ATTENTIONS, compared, description, interleaved, machine_sentence, markdown_table, save, spread
 from torch import Tensor
 
 from mhe_lightning.data import GlueData
@@ -122,7 +123,7 @@ def main() -> None:
         ("threads", 1),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=Path, help="JSON file to write, with a Markdown file beside it")
     options = parser.parse_args()
     if options.data is None:
         parser.error("--data must name a folder that has glue/ in the Hub's layout")
@@ -130,21 +131,37 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as cache:
         results = [measure(task, grouped, options, cache) for task in options.tasks for grouped in (False, True)]
+    described = description("mhe_lightning")
+    print(table({"results": results}))
+    options.data = str(options.data)
+    save(options, described, page, results=results)
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The steps' times, in Markdown."""
     rows = [
         [
             f"{row['task']}, {row['batches']}",
             row["mean_length"],
             f"{row['padding']:.1%}",
-            f"{1000 * row['padded']['seconds']['median']:.1f}",
-            f"{1000 * row['unpadded']['seconds']['median']:.1f}",
-            row["unpadded"]["times_padded"]["median"],
+            spread(row["padded"]["seconds"], 1, 1e3),
+            spread(row["unpadded"]["seconds"], 1, 1e3),
+            spread(row["unpadded"]["times_padded"]),
         ]
-        for row in results
+        for row in record["results"]
     ]
-    print(markdown_table(["batches", "mean length", "padding", "padded, ms", "unpadded, ms", "times faster"], rows))
-    if options.out:
-        options.data = str(options.data)
-        write_results(options.out, options, description("mhe_lightning"), results=results)
+    return markdown_table(["batches", "mean length", "padding", "padded, ms", "unpadded, ms", "times faster"], rows)
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The table with what it is of."""
+    settings = record["settings"]
+    sizes = ", ".join(f"{name} {settings[name]}" for name in ("width", "heads", "layers", "length", "rows"))
+    return (
+        f"Steps of finetuning an encoder with {settings['attention']}: {sizes}, where length is the most tokens of a "
+        f"row; medians (quartiles) over {settings['rounds']} rounds. {machine_sentence(record['machine'])}\n\n"
+        f"{table(record)}"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,22 @@ import torch
 from mhe_lightning.models import Decoder, generate
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SMALL = ["--threads", "1", "--rounds", "2", "--width", "64", "--layers", "2", "--heads", "4", "--vocab", "300"]
+SMALL = [
+    "--threads",
+    "1",
+    "--rounds",
+    "2",
+    "--width",
+    "64",
+    "--layers",
+    "2",
+    "--heads",
+    "4",
+    "--vocab",
+    "300",
+    "--freed_memory",
+    "default",
+]
 
 
 @pytest.fixture(scope="module")

@@ -155,7 +155,7 @@ def test_growth_is_measured_and_drawn(quick_roofline, tmp_path):
     out = tmp_path / "growth.json"
     importlib.import_module("growth").main(
         "--width 16 --tokens 8 16 --heads 1 2 --batch 1 2 --tokens_at 1 2 --heads_at 1 8 --batch_at 8 2 --rounds 2 "
-        f"--threads 1 --out {out}".split()
+        f"--threads 1 --freed_memory default --out {out}".split()
     )
     axes = json.loads(out.read_text())["axes"]
     assert {axis: list(one["points"]) for axis, one in axes.items()} == {
