@@ -33,7 +33,7 @@ class MaskedTokenHead(nn.Module):
         vocab_size: int,
         activation: Activation = "gelu",
         norm_eps: float = 1e-12,
-        loss_chunk: int = 256,
+        loss_chunk: int = 512,
     ) -> None:
         super().__init__()
         self.activation = activation
