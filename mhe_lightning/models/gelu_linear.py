@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mhe_lightning.attention.products import Linear
 
@@ -19,10 +18,10 @@ def gelu_linear(x: Tensor, layer: Linear, approximate: Approximate) -> Tensor:
 
     In training ``gelu(x)``, as large as ``x``, is not kept for the gradient of the weight but computed again from
     ``x``, which the gradient of the GELU keeps anyway: in a feed-forward net of the usual width a quarter to a third of
-    all that a block keeps, for a hundredth of its time. The numbers are the same to the last bit. First derivatives
-    only. What compiles decides by itself what to keep; layers with hooks, and those of other classes, are called.
+    all that a block keeps, for a hundredth of its time. The numbers are the same to the last bit. What compiles decides
+    by itself what to keep; layers with hooks, and those of other classes, are called.
     """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and _plain(layer):
+    if torch.is_grad_enabled() and _plain(layer) and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
         found: Tensor = _GeluLinear.apply(x, layer.weight, layer.bias, approximate)
         return found
     return layer(F.gelu(x, approximate=approximate))
@@ -34,14 +33,19 @@ def _plain(layer: Linear) -> bool:
 
 
 class _GeluLinear(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, approximate: Approximate) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.approximate, ctx.bias_dtype = approximate, None if bias is None else bias.dtype
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: Approximate) -> Tensor:
         return F.linear(F.gelu(x, approximate=approximate), weight, bias)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.approximate = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         x, weight = ctx.saved_tensors

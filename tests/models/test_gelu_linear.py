@@ -53,6 +53,41 @@ def test_gradients_under_autocast_are_those_of_autograd():
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_second_derivatives_are_right(approximate):
+    torch.manual_seed(0)
+    layer = Linear(3, 2).double()
+    x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def function(x, *parameters):
+        return gelu_linear(x, layer, approximate).square()
+
+    assert torch.autograd.gradgradcheck(function, (x, *layer.parameters()))
+
+
+class GeluLinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = Linear(6, 5)
+
+    def forward(self, x):
+        return gelu_linear(x, self.layer, "none")
+
+
+def test_gradients_of_single_rows_are_those_of_torch_func():
+    torch.manual_seed(0)
+    net, x = GeluLinear(), torch.randn(4, 3, 6)
+
+    def loss(parameters, row):
+        return torch.func.functional_call(net, parameters, (row,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(dict(net.named_parameters()), x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(plainly(row, net.layer, "none").square().sum(), list(net.parameters()))
+        for own, plain in zip(found.values(), expected, strict=True):
+            torch.testing.assert_close(own[i], plain)
+
+
 def test_a_frozen_layer_gets_no_gradient():
     layer, x = Linear(6, 5).requires_grad_(False), torch.randn(3, 6, requires_grad=True)
     gelu_linear(x, layer, "none").sum().backward()
