@@ -56,9 +56,12 @@ def handle_freed_memory(how: str) -> None:
 
 
 def add_freed_memory(parser: argparse.ArgumentParser) -> None:
-    """The option of which `handle_freed_memory` is told, by default the one with which all models are fastest."""
+    """The option of which `handle_freed_memory` is told."""
     parser.add_argument(
-        "--freed_memory", choices=("kept", "default"), default="kept", help="while times are taken (glibc)"
+        "--freed_memory",
+        choices=("default", "kept"),
+        default="default",
+        help="by the C library: as it does by itself, or all of it for what comes next (glibc)",
     )
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/results.py
 
-A family's file is ``docs/results/<family>_cpu.json``, or ``…_cuda.json`` from a GPU. What has no file is listed as not
-measured; so is a goal at sizes that the file is not about.
+A family's file is ``docs/results/<family>_cpu.json``, or ``…_cuda.json`` from a GPU; ``<family>_kept_cpu.json`` is of
+``--freed_memory kept``. What has no file is listed as not measured; so is a goal at sizes that the file is not about.
 """
 
 from __future__ import annotations
@@ -30,13 +30,18 @@ Record = Mapping[str, Any]
 
 PAGES: dict[str, Callable[[Record], str] | None] = {
     "sublayer": sublayer.page,
+    "sublayer_kept": sublayer.page,
     "attention_core": attention_core.page,
     "encoder_step": steps.page,
+    "encoder_step_kept": steps.page,
     "decoder_step": steps.page,
+    "decoder_step_kept": steps.page,
     "encoder_decoder_step": steps.page,
     "growth": growth.page,
     "decode": None,
+    "decode_kept": None,
     "decode_long": None,
+    "decode_long_kept": None,
     "decode_heads": None,
     "prepare": None,
     "unpadded": None,
@@ -320,17 +325,25 @@ def goals(records: Mapping[str, Record]) -> str:
     """The table of goals, in Markdown."""
     rows = []
     for goal in GOALS:
-        found = ["not measured: " + ("no GPU" if goal.file.endswith("_cuda") else "no file"), "", "–"]
-        if goal.file in records:
-            try:
-                measured, flop_ratio, met = goal.find(records[goal.file])
-                found = [measured, flop_ratio, "met" if met else "**not met**"]
-            except NotAtThisSizeError as reason:
-                found = [f"not from this file: {reason}", "", "–"]
-            except KeyError as name:
-                found = [f"not from this file: it has no {name}", "", "–"]
-        rows.append([goal.work, goal.goal, *found])
-    return markdown_table(["work", "goal", "measured: median (quartiles)", "FLOP ratio", ""], rows)
+        kept = goal.file.replace("_cpu", "_kept_cpu")
+        measured, flop_ratio, met = judged(goal, records.get(goal.file))
+        again = [" ".join(filter(None, judged(goal, records[kept])[::2]))] if kept in records else ["–"]
+        rows.append([goal.work, goal.goal, measured, met, *again, flop_ratio])
+    head = ["work", "goal", "measured: median (quartiles)", "", "with freed memory kept", "FLOP ratio"]
+    return markdown_table(head, rows)
+
+
+def judged(goal: Goal, record: Record | None) -> tuple[str, str, str]:
+    """What ``record`` shows of a goal, its FLOP ratio, and whether it is met, in words."""
+    if record is None:
+        return "not measured: " + ("no GPU" if goal.file.endswith("_cuda") else "no file"), "", "–"
+    try:
+        measured, flop_ratio, met = goal.find(record)
+    except NotAtThisSizeError as reason:
+        return f"not from this file: {reason}", "", "–"
+    except KeyError as name:
+        return f"not from this file: it has no {name}", "", "–"
+    return measured, flop_ratio, "met" if met else "**not met**"
 
 
 def tables(family: str, records: Mapping[str, Record], folder: Path) -> str:

@@ -210,8 +210,8 @@ def measure_memory(
 ) -> dict[str, Any]:
     """Peak of training a model, in MiB above what this process, a new one, holds before the model is made.
 
-    What is freed on a CPU goes back to the system: a C library that keeps some of it would add up to a fifth, and
-    another amount in each run.
+    Unless freed memory is left to the C library, it goes back to the system, so that the peak is what is in use. A
+    library that keeps some of it adds up to a fifth, and another amount in each run.
     """
     torch.set_num_threads(options.threads)
     on_gpu = torch.device(options.device).type == "cuda"

@@ -13,22 +13,7 @@ import torch
 from mhe_lightning.models import Decoder, generate
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-SMALL = [
-    "--threads",
-    "1",
-    "--rounds",
-    "2",
-    "--width",
-    "64",
-    "--layers",
-    "2",
-    "--heads",
-    "4",
-    "--vocab",
-    "300",
-    "--freed_memory",
-    "default",
-]
+SMALL = ["--threads", "1", "--rounds", "2", "--width", "64", "--layers", "2", "--heads", "4", "--vocab", "300"]
 
 
 @pytest.fixture(scope="module")

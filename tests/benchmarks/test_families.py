@@ -40,7 +40,7 @@ def candidates(benchmarks_importable):
 
 def test_sublayers_are_timed_with_all_candidates(sublayer, candidates, tmp_path):
     out = tmp_path / "sublayer.json"
-    sublayer.main(f"--width 16 --heads 4 --sizes 2x8 --rounds 2 --threads 1 --freed_memory default --out {out}".split())
+    sublayer.main(f"--width 16 --heads 4 --sizes 2x8 --rounds 2 --threads 1 --out {out}".split())
     record = json.loads(out.read_text())
     assert set(record["cases"]) == {"2 x 8, causal", "2 x 8, full"}
     for case in record["cases"].values():
@@ -108,7 +108,6 @@ def test_steps_are_timed_beside_all_peers(script, peers, quick_roofline, tmp_pat
             "mhe_add",
             "--memory_steps=0",
             "--rounds=2",
-            "--freed_memory=default",
             "--out",
             str(out),
         )
@@ -136,14 +135,25 @@ def test_a_c_library_without_mallopt_is_named(benchmarks_importable, monkeypatch
     common = importlib.import_module("common")
     monkeypatch.setattr(common.ctypes, "CDLL", lambda name: object())
     common.handle_freed_memory("default")
-    with pytest.raises(RuntimeError, match="cannot have freed memory kept; use --freed_memory default"):
+    with pytest.raises(RuntimeError, match="use --freed_memory default"):
         common.handle_freed_memory("kept")
 
 
 @pytest.mark.slow
-def test_memory_is_measured_in_a_new_process(quick_roofline, tmp_path):
+@pytest.mark.parametrize("freed", ["default", "kept"])
+def test_memory_is_measured_in_a_new_process(freed, quick_roofline, tmp_path):
     out = tmp_path / "step.json"
-    options = step("--peers", "--attentions", "mha", "--rounds", "0", "--memory_steps", "1", width=128, vocab=8000)
+    options = step(
+        "--peers",
+        "--attentions",
+        "mha",
+        "--rounds=0",
+        "--memory_steps=1",
+        "--freed_memory",
+        freed,
+        width=128,
+        vocab=8000,
+    )
     importlib.import_module("encoder_step").main([*options, "--out", str(out)])
     row = json.loads(out.read_text())["runs"][0]["models"]["mha"]
     assert row["peak_mib"] > row["weights_and_optimizer_mib"] > 0
@@ -155,7 +165,7 @@ def test_growth_is_measured_and_drawn(quick_roofline, tmp_path):
     out = tmp_path / "growth.json"
     importlib.import_module("growth").main(
         "--width 16 --tokens 8 16 --heads 1 2 --batch 1 2 --tokens_at 1 2 --heads_at 1 8 --batch_at 8 2 --rounds 2 "
-        f"--threads 1 --freed_memory default --out {out}".split()
+        f"--threads 1 --out {out}".split()
     )
     axes = json.loads(out.read_text())["axes"]
     assert {axis: list(one["points"]) for axis, one in axes.items()} == {
@@ -194,10 +204,12 @@ def test_goals_are_judged_by_the_record(results):
         "cases": {"8 x 512, causal": {"mhe_add": row}},
     }
     lines = results.goals({"sublayer_cpu": record}).splitlines()
-    assert "| 3.60 (3.50 to 3.70) × | 2.95 | met |" in lines[2]
+    assert "| 3.60 (3.50 to 3.70) × | met | – | 2.95 |" in lines[2]
     assert "there is no case 8 x 512, full" in lines[3]
     times["median"] = 3.4
     assert "**not met**" in results.goals({"sublayer_cpu": record}).splitlines()[2]
+    line = results.goals({"sublayer_kept_cpu": record}).splitlines()[2]
+    assert "| not measured: no file | – | 3.40 (3.50 to 3.70) × **not met** |  |" in line
 
 
 def test_a_goal_without_a_file_is_not_measured(results):
