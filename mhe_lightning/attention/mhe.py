@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mhe_lightning.attention.base import Attention
 from mhe_lightning.attention.folding import GroupedQuery, heads_of, output_of
 from mhe_lightning.attention.kernels.shared_scores import shared_score_attention
-from mhe_lightning.attention.products import Linear
+from mhe_lightning.attention.products import is_plain
 from mhe_lightning.attention.tensor_parallel import own_part, share, split
 
 Form = Literal["auto", "shared_scores", "shared_kv"]
@@ -113,7 +113,7 @@ class MHE(Attention):
         e_v = own_part(self.e_v).to(heads.dtype)  # (n, d)
         weight: Tensor = self.w_o.weight
         bias: Tensor | None = self.w_o.bias
-        if heads.shape[0] * heads.shape[2] < self.width or not _is_plain(self.w_o):
+        if heads.shape[0] * heads.shape[2] < self.width or not is_plain(self.w_o):
             e_v = e_v.unsqueeze(1)
             return super().merge(heads + e_v if self.combine == "add" else torch.addcmul(heads, heads, e_v))
         # the same with fewer numbers to go through: those of W_O instead of those of all tokens
@@ -129,7 +129,7 @@ class MHE(Attention):
         projections = (self.w_q, self.w_k, self.w_v)
         fused = x is context and x.shape[0] * x.shape[1] >= self.width and self.mesh is None and not self._is_another
         biases = {p.bias is None for p in projections}
-        if not fused or len(biases) > 1 or not all(map(_is_plain, projections)):
+        if not fused or len(biases) > 1 or not all(map(is_plain, projections)):
             return super()._project(x, context)
         # one product of width 3d: x is read once, and its gradient written once
         weight = torch.cat([p.weight for p in projections])
@@ -201,9 +201,3 @@ class MHE(Attention):
     def extra_repr(self) -> str:
         form = "" if self.form == "auto" else f", form={self.form!r}"
         return f"{super().extra_repr()}, combine={self.combine!r}{form}"
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is but its weight and bias, so that these may be used without calling it."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
-    return type(linear) in (nn.Linear, Linear) and not any(hooks) and "forward" not in vars(linear)

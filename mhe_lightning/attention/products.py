@@ -24,6 +24,13 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+def is_plain(layer: nn.Module, *types: type[nn.Module]) -> bool:
+    """Whether a layer is but its parameters, so that these may be used without calling it: one of ``types`` (linear
+    layers if none is given) itself, without hooks or a forward of its own."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) in (types or (nn.Linear, Linear)) and not any(hooks) and "forward" not in vars(layer)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x Wᵀ + b``, (..., O) from ``x`` (..., I), ``weight`` (O, I) and ``bias`` (O,).
 

@@ -18,15 +18,18 @@ from mhe_lightning.attention.base import takes_parts
 from mhe_lightning.attention.products import Linear
 from mhe_lightning.attention.tensor_parallel import share, split_columns, split_rows
 from mhe_lightning.attention.unpadded import Unpadded
-from mhe_lightning.models.gelu_linear import gelu_linear
+from mhe_lightning.models.gelu_linear import Approximate, gelu_linear
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
 Recompute = bool | Literal["selective"]
 """Whether a block is computed again in the backward pass; "selective" keeps what is dear to compute."""
 
+GELUS: dict[str, Approximate] = {
+    "gelu": "none",
+    "gelu_tanh": "tanh",  # GPT-2's; up to 1.7e-3 from the exact one in logits
+}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2's; up to 1.7e-3 from the exact one in logits
+    **{name: partial(F.gelu, approximate=approximate) for name, approximate in GELUS.items()},
     "relu": F.relu,
 }
 
@@ -73,10 +76,8 @@ class FeedForward(nn.Module):
         if self.mesh is not None:
             x = share(x, self.mesh)
         x = self.w_1(x)
-        if self.activation == "gelu":
-            return gelu_linear(x, self.w_2, "none")
-        if self.activation == "gelu_tanh":
-            return gelu_linear(x, self.w_2, "tanh")
+        if self.activation in GELUS:
+            return gelu_linear(x, self.w_2, GELUS[self.activation])
         return self.w_2(ACTIVATIONS[self.activation](x))
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from mhe_lightning.attention import MHA
 from mhe_lightning.attention.products import Linear
@@ -28,7 +29,7 @@ def output_and_gradients(function, x, layer, approximate):
 
 
 @given(
-    shape=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    shape=st.lists(st.integers(0, 4), max_size=3),
     bias=st.booleans(),
     approximate=st.sampled_from(["none", "tanh"]),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
@@ -95,12 +96,56 @@ def test_a_frozen_layer_gets_no_gradient():
     assert layer.weight.grad is layer.bias.grad is None
 
 
-def test_a_layer_with_hooks_or_of_another_class_is_called():
+@pytest.mark.parametrize(
+    ("register", "hook"),
+    [
+        ("register_forward_pre_hook", lambda seen: lambda module, inputs: seen.append("called")),
+        ("register_forward_hook", lambda seen: lambda module, inputs, output: seen.append("called")),
+        ("register_full_backward_pre_hook", lambda seen: lambda module, grads: seen.append("called")),
+        ("register_full_backward_hook", lambda seen: lambda module, grads, more: seen.append("called")),
+    ],
+)
+def test_hooks_of_a_layer_are_called(register, hook):
     seen = []
-    for layer in (Linear(6, 5), nn.Linear(6, 5)):
-        layer.register_forward_hook(lambda module, inputs, output: seen.append(type(module)))
-        gelu_linear(torch.randn(3, 6), layer, "none")
-    assert seen == [Linear, nn.Linear]
+    layer = Linear(6, 5)
+    getattr(layer, register)(hook(seen))
+    gelu_linear(torch.randn(3, 6, requires_grad=True), layer, "none").sum().backward()
+    assert seen == ["called"]
+
+
+class Doubled(Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_a_layer_that_computes_something_else_is_called():
+    torch.manual_seed(0)
+    x, doubled, replaced = torch.randn(3, 6), Doubled(6, 5), Linear(6, 5)
+    replaced.forward = lambda x: 2 * F.linear(x, replaced.weight, replaced.bias)
+    for layer in (doubled, replaced):
+        torch.testing.assert_close(gelu_linear(x, layer, "none"), 2 * plainly(x, layer, "none"))
+
+
+def held_at_most(function, x, layer):
+    """Most bytes of tensors that live at once in a backward pass, beyond what is there before it."""
+    y = function(x, layer, "none")
+    grad = torch.ones_like(y)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        torch.autograd.grad(y, (x, layer.weight, layer.bias), grad)
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def test_a_backward_pass_holds_no_more_at_once_than_that_of_autograd():
+    layer, x = Linear(256, 8), torch.randn(512, 256, requires_grad=True)
+    hidden = x.numel() * x.element_size()
+    ours, plain = (held_at_most(f, x, layer) for f in (gelu_linear, plainly))
+    assert 2 * hidden <= plain
+    assert ours <= plain + 0.1 * hidden  # autograd's holds the gelu's result besides, since before this pass
 
 
 def saved_by(net, tokens):
