@@ -21,6 +21,7 @@ import encoder_step
 import growth
 import steps
 import sublayer
+import unpadded
 from common import between_marks, markdown_table, spread
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
@@ -44,7 +45,7 @@ PAGES: dict[str, Callable[[Record], str] | None] = {
     "decode_long_kept": None,
     "decode_heads": None,
     "prepare": None,
-    "unpadded": None,
+    "unpadded": unpadded.page,
 }
 """What makes a family's tables of its record; where there is nothing, the Markdown file beside the record has them."""
 
@@ -325,10 +326,13 @@ def goals(records: Mapping[str, Record]) -> str:
     """The table of goals, in Markdown."""
     rows = []
     for goal in GOALS:
-        kept = goal.file.replace("_cpu", "_kept_cpu")
         measured, flop_ratio, met = judged(goal, records.get(goal.file))
-        again = [" ".join(filter(None, judged(goal, records[kept])[::2]))] if kept in records else ["–"]
-        rows.append([goal.work, goal.goal, measured, met, *again, flop_ratio])
+        with_kept = "–"
+        kept = f"{goal.file.removesuffix('_cpu')}_kept_cpu"
+        if goal.file.endswith("_cpu") and kept in records:
+            again, _, met_again = judged(goal, records[kept])
+            with_kept = f"{again} {met_again}"
+        rows.append([goal.work, goal.goal, measured, met, with_kept, flop_ratio])
     head = ["work", "goal", "measured: median (quartiles)", "", "with freed memory kept", "FLOP ratio"]
     return markdown_table(head, rows)
 

@@ -136,6 +136,10 @@ def stock_twin(stock: StockModel, **overrides: Any) -> nn.Module:
     return model.train()
 
 
+PEAKS = {"kept": ", but given back at once where peaks of memory are measured"}
+"""What `measure_memory` does otherwise than what times are taken with, by the latter."""
+
+
 class Trained:
     """A model with its optimizer."""
 
@@ -211,7 +215,7 @@ def measure_memory(
     """Peak of training a model, in MiB above what this process, a new one, holds before the model is made.
 
     Unless freed memory is left to the C library, it goes back to the system, so that the peak is what is in use. A
-    library that keeps some of it adds up to a fifth, and another amount in each run.
+    library that keeps some of it adds up to a third, and another amount in each run.
     """
     torch.set_num_threads(options.threads)
     on_gpu = torch.device(options.device).type == "cuda"
@@ -296,9 +300,10 @@ def page(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     reference = settings["reference"]
     sizes = ", ".join(f"{name} {settings[name]}" for name in record["sizes"])
+    memory = freed_memory_sentence(settings) + PEAKS.get(settings.get("freed_memory"), "")
     parts = [
-        f"{record['title']}: {sizes}; {settings['dtype']}; medians (quartiles) over {settings['rounds']} rounds"
-        f"{freed_memory_sentence(settings)}. {machine_sentence(record['machine'])} {sentence(record['roofline'])}\n"
+        f"{record['title']}: {sizes}; {settings['dtype']}; medians (quartiles) over {settings['rounds']} "
+        f"rounds{memory}. {machine_sentence(record['machine'])} {sentence(record['roofline'])}\n"
     ]
     for run in record["runs"]:
         head = ["model", "step, s", "tokens/s", f"× {reference}", f"FLOPs, {reference}'s ÷ its", "× fastest peer"]

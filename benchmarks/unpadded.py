@@ -133,7 +133,7 @@ def main() -> None:
         results = [measure(task, grouped, options, cache) for task in options.tasks for grouped in (False, True)]
     described = description("mhe_lightning")
     print(table({"results": results}))
-    options.data = str(options.data)
+    options.data = options.data.name  # where a machine has it tells nobody else anything
     save(options, described, page, results=results)
 
 

@@ -102,15 +102,7 @@ def test_saved_bytes_of_plain_attention_are_its_input_q_k_v_output_and_normalise
 def test_steps_are_timed_beside_all_peers(script, peers, quick_roofline, tmp_path):
     out = tmp_path / "step.json"
     importlib.import_module(script).main(
-        step(
-            "--attentions",
-            "mha",
-            "mhe_add",
-            "--memory_steps=0",
-            "--rounds=2",
-            "--out",
-            str(out),
-        )
+        step("--attentions", "mha", "mhe_add", "--memory_steps", "0", "--rounds", "2", "--out", str(out))
     )
     record = json.loads(out.read_text())
     models = record["runs"][0]["models"]
@@ -131,29 +123,52 @@ def test_a_model_that_computes_something_else_is_refused(quick_roofline, monkeyp
         steps.check_same_function(encoder_step.FAMILY, options)
 
 
-def test_a_c_library_without_mallopt_is_named(benchmarks_importable, monkeypatch):
+class Glibc:
+    """What is asked of ``mallopt``, which is granted or not."""
+
+    def __init__(self, granted: bool) -> None:
+        self.granted, self.asked = granted, []
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        self.asked.append((parameter, value))
+        return int(self.granted)
+
+
+@pytest.fixture
+def glibc(benchmarks_importable, monkeypatch):
+    found = Glibc(True)
+    monkeypatch.setattr(importlib.import_module("common").ctypes, "CDLL", lambda name: found)
+    return found
+
+
+def test_freed_memory_is_kept_while_steps_are_timed(glibc, quick_roofline, tmp_path):
+    out = tmp_path / "step.json"
+    options = step("--peers", "--attentions", "mha", "--memory_steps=0", "--rounds=2", "--freed_memory=kept")
+    importlib.import_module("encoder_step").main([*options, "--out", str(out)])
+    assert glibc.asked == [(-4, 0), (-1, -1)]
+    assert "freed memory kept for the next step" in out.with_suffix(".md").read_text()
+
+
+def test_freed_memory_is_returned_while_peaks_are_measured(glibc, quick_roofline):
+    steps, encoder_step = (importlib.import_module(name) for name in ("steps", "encoder_step"))
+    options = steps.parsed(encoder_step.FAMILY, None, step("--peers", "--attentions", "mha", "--freed_memory=kept"))
+    steps.measure_memory(encoder_step.FAMILY, "mha", options, (0.0, 0.0))
+    assert glibc.asked == [(-3, 65536)]
+
+
+@pytest.mark.parametrize("library", [object(), Glibc(False)], ids=["has none", "refuses"])
+def test_a_c_library_without_such_an_option_is_named(library, benchmarks_importable, monkeypatch):
     common = importlib.import_module("common")
-    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(common.ctypes, "CDLL", lambda name: library)
     common.handle_freed_memory("default")
     with pytest.raises(RuntimeError, match="use --freed_memory default"):
         common.handle_freed_memory("kept")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("freed", ["default", "kept"])
-def test_memory_is_measured_in_a_new_process(freed, quick_roofline, tmp_path):
+def test_memory_is_measured_in_a_new_process(quick_roofline, tmp_path):
     out = tmp_path / "step.json"
-    options = step(
-        "--peers",
-        "--attentions",
-        "mha",
-        "--rounds=0",
-        "--memory_steps=1",
-        "--freed_memory",
-        freed,
-        width=128,
-        vocab=8000,
-    )
+    options = step("--peers", "--attentions", "mha", "--rounds", "0", "--memory_steps", "1", width=128, vocab=8000)
     importlib.import_module("encoder_step").main([*options, "--out", str(out)])
     row = json.loads(out.read_text())["runs"][0]["models"]["mha"]
     assert row["peak_mib"] > row["weights_and_optimizer_mib"] > 0
@@ -183,6 +198,23 @@ def test_a_slope_is_the_power(benchmarks_importable):
     assert growth.slope([1, 2, 4, 8], [3, 12, 48, 192]) == 2
 
 
+def test_the_page_of_unpadded_batches_gives_ratios_with_their_spread(benchmarks_importable):
+    times = {
+        "seconds": {"median": 0.2, "quartiles": [0.1, 0.3]},
+        "times_padded": {"median": 1.5, "quartiles": [1.4, 1.6]},
+    }
+    result = {"task": "sst2", "batches": "in random order", "mean_length": 12.4, "padding": 0.684}
+    record = {
+        "settings": {"attention": "mha", "width": 8, "heads": 2, "layers": 1, "length": 16, "rows": 4, "rounds": 5},
+        "machine": {"date": "", "platform": "", "processor": "", "torch_threads": 1, "cores": 2, "gpu": "none"},
+        "results": [{**result, "padded": times, "unpadded": times}],
+    }
+    page = importlib.import_module("unpadded").page(record)
+    assert "| sst2, in random order | 12.4 | 68.4% | 200.0 (100.0 to 300.0) |" in page
+    assert "| 1.50 (1.40 to 1.60) |" in page
+    assert "5 rounds" in page
+
+
 @pytest.fixture
 def results(quick_roofline):
     return importlib.import_module("results")
@@ -210,6 +242,13 @@ def test_goals_are_judged_by_the_record(results):
     assert "**not met**" in results.goals({"sublayer_cpu": record}).splitlines()[2]
     line = results.goals({"sublayer_kept_cpu": record}).splitlines()[2]
     assert "| not measured: no file | – | 3.40 (3.50 to 3.70) × **not met** |  |" in line
+
+
+def test_a_goal_of_a_gpu_has_no_second_record(results):
+    settings = {**results.GPT2_BASE, "dtype": "bfloat16"}
+    record = {"settings": settings, "runs": [{"models": {"mha": {"share_of_matrix_rate": 0.52}}}]}
+    lines = results.goals({"decoder_step_cuda": record}).splitlines()
+    assert sum("| 52 % | met | – |  |" in line for line in lines) == 1
 
 
 def test_a_goal_without_a_file_is_not_measured(results):
