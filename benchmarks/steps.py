@@ -136,10 +136,6 @@ def stock_twin(stock: StockModel, **overrides: Any) -> nn.Module:
     return model.train()
 
 
-PEAKS = {"kept": ", but given back at once where peaks of memory are measured"}
-"""What `measure_memory` does otherwise than what times are taken with, by the latter."""
-
-
 class Trained:
     """A model with its optimizer."""
 
@@ -300,7 +296,9 @@ def page(record: Mapping[str, Any]) -> str:
     settings = record["settings"]
     reference = settings["reference"]
     sizes = ", ".join(f"{name} {settings[name]}" for name in record["sizes"])
-    memory = freed_memory_sentence(settings) + PEAKS.get(settings.get("freed_memory"), "")
+    memory = freed_memory_sentence(settings)
+    if memory:
+        memory += ", but given back at once where peaks of memory are measured"
     parts = [
         f"{record['title']}: {sizes}; {settings['dtype']}; medians (quartiles) over {settings['rounds']} "
         f"rounds{memory}. {machine_sentence(record['machine'])} {sentence(record['roofline'])}\n"

@@ -8,7 +8,6 @@ from functools import partial
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention.oracle import VARIANTS
@@ -24,6 +23,7 @@ from mhe_lightning.tasks import (
     Translation,
 )
 from mhe_lightning.tracing import Step, of_depth
+from saved import saved_storages
 
 V, B, T, S, N, D = 29, 3, 10, 7, 4, 12  # N heads of 3
 SIZES = {"width": D, "n_heads": N, "n_layers": 2, "max_length": 16, "dropout": 0.1}
@@ -175,18 +175,8 @@ def really_kept(step: Step) -> int:
     task = real_task(step)
     known = {p.untyped_storage().data_ptr() for p in [*task.parameters(), *task.buffers()]}
     known |= {value.untyped_storage().data_ptr() for value in step.batch.values() if isinstance(value, torch.Tensor)}
-    saved: dict[int, tuple[torch.Tensor, int]] = {}
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved[storage.data_ptr()] = tensor, storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = task.training_step(step.batch, 0)
-        assert loss.requires_grad
-    return sum(nbytes for _, nbytes in saved.values())
+    saved = saved_storages(lambda: task.training_step(step.batch, 0))
+    return sum(nbytes for address, nbytes in saved.items() if address not in known)
 
 
 @pytest.mark.parametrize(("kind", "variant"), [("decoder", name) for name in VARIANTS] + [("translation", "mha")])

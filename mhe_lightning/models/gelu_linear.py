@@ -52,10 +52,10 @@ class _GeluLinear(torch.autograd.Function):
         outputs, inputs = weight.shape
         rows = grad.reshape(-1, outputs)  # in the dtype of autocast, if there is one
         d_x = d_weight = d_bias = None
-        if ctx.needs_input_grad[1]:  # first, so that gelu(x) is gone before the other large tensors come
-            d_weight = (rows.T @ F.gelu(x, approximate=ctx.approximate).to(grad.dtype).reshape(-1, inputs)).to(
-                weight.dtype
-            )
+        if ctx.needs_input_grad[1]:
+            y = F.gelu(x, approximate=ctx.approximate).to(grad.dtype).reshape(-1, inputs)
+            d_weight = (rows.T @ y).to(weight.dtype)
+            del y  # before the other large tensors come
         if ctx.needs_input_grad[0]:
             d_y = (rows @ weight.to(grad.dtype)).view_as(x)
             d_x = torch.ops.aten.gelu_backward(d_y.to(x.dtype), x, approximate=ctx.approximate)

@@ -13,6 +13,7 @@ from attention.oracle import VARIANTS
 from mhe_lightning.attention import GQA, MHA, MQA, SHA
 from mhe_lightning.models.layers import CrossBlock, FeedForward
 from processes import group
+from saved import saved_storages
 
 
 class OneProcess:
@@ -98,25 +99,16 @@ def test_what_all_heads_share_is_whole_on_every_process(name):
 
 
 def kept_by_a_divided_feed_forward_net():
-    """Numbers in each storage that is kept for the backward pass."""
+    """Bytes in each storage that is kept for the backward pass."""
     net = FeedForward(width=4, hidden=64, activation="gelu")
     net.parallelize(init_device_mesh("cpu", (2,)))
-    kept = {}
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes() // t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = net(torch.randn(8, 4, requires_grad=True))
-    del output
-    return sorted(kept.values())
+    return list(saved_storages(lambda: net(torch.randn(8, 4, requires_grad=True))).values())
 
 
 @pytest.mark.distributed
 def test_of_divided_hidden_units_only_what_goes_into_the_activation_is_kept():
     for kept in group(kept_by_a_divided_feed_forward_net, 2):
-        assert kept.count(8 * 32) == 1
+        assert kept.count(4 * 8 * 32) == 1
 
 
 @pytest.mark.parametrize(

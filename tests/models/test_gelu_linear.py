@@ -14,6 +14,7 @@ from mhe_lightning.attention import MHA
 from mhe_lightning.attention.products import Linear
 from mhe_lightning.models import Encoder, layers
 from mhe_lightning.models.gelu_linear import gelu_linear
+from saved import saved_storages
 
 
 def plainly(x, layer, approximate):
@@ -149,18 +150,8 @@ def test_a_backward_pass_holds_no_more_at_once_than_that_of_autograd():
 
 
 def saved_by(net, tokens):
-    kept = {}
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        hidden = net(tokens)  # alive until all is counted
-    for parameter in net.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    del hidden
-    return sum(kept.values())
+    own = {parameter.untyped_storage().data_ptr() for parameter in net.parameters()}
+    return sum(size for address, size in saved_storages(lambda: net(tokens)).items() if address not in own)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
