@@ -32,7 +32,8 @@
 
 enum {
     QUERIES = 96,  /* of a tile, forward */
-    DEPTH = 256,   /* of a product before its sums are put down: NR columns of it stay in the nearest cache */
+    DEPTH = 512,   /* of a product before its sums are put down, so that NR columns of it stay in a near cache */
+    PANELS = 7,    /* the same of a product of panels, each NR deep */
     KEYS = 96,     /* of a block, backward; a multiple of NR */
     ROWS = 96,     /* queries that a block of keys meets at once, backward */
     LINES = 16,    /* tokens that are put into panels at once; fewer than KEYS */
@@ -106,17 +107,38 @@ static inline vec exponential(vec x) {
     return chosen(x == x, y, x);
 }
 
+/* Loops over the registers of a micro-kernel, written out: gcc keeps an array in registers only if it never has an index. */
+#define WRITTEN_OUT _Pragma("GCC unroll 12")
+
 /* Sums of a micro-kernel begin at zero; what they are added to is fetched meanwhile. */
 static inline __attribute__((always_inline)) void start(int rows, vec sums[MR][2], const float *c, size c_row) {
-    for (int i = 0; i < rows; i++) {
+    WRITTEN_OUT for (int i = 0; i < rows; i++) {
         __builtin_prefetch(c + i * c_row, 1);
         sums[i][0] = sums[i][1] = (vec){0};
     }
 }
 
+/* Adds a column (rows), a_row apart, times a row (NR). */
+static inline __attribute__((always_inline)) void step(int rows, vec sums[MR][2], const float *a, size a_row, const float *b) {
+    vec left = load(b), right = load(b + LANES);
+    WRITTEN_OUT for (int i = 0; i < rows; i++) {
+#ifdef __x86_64__ /* gcc would load b again for every row, and, of several steps, put sums into memory */
+        vec x;
+        __asm__(
+            "vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+            : "+v"(sums[i][0]), "+v"(sums[i][1]), "=&v"(x)
+            : "m"(a[i * a_row]), "v"(left), "v"(right)
+        );
+#else
+        sums[i][0] += a[i * a_row] * left;
+        sums[i][1] += a[i * a_row] * right;
+#endif
+    }
+}
+
 static inline __attribute__((always_inline)) void finish(int rows, vec sums[MR][2], float *c, size c_row, int add) {
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < 2; j++) {
+    WRITTEN_OUT for (int i = 0; i < rows; i++)
+        WRITTEN_OUT for (int j = 0; j < 2; j++) {
             float *out = c + i * c_row + j * LANES;
             store(out, add ? load(out) + sums[i][j] : sums[i][j]);
         }
@@ -128,14 +150,11 @@ static inline __attribute__((always_inline)) void tile(
 ) {
     vec sums[MR][2];
     start(rows, sums, c, c_row);
-    for (size k = 0; k < depth; k++, a += a_depth, b += NR) {
-        vec left = load(b), right = load(b + LANES);
-        for (int i = 0; i < rows; i++) {
-            float x = a[i * a_row];
-            sums[i][0] += x * left;
-            sums[i][1] += x * right;
-        }
+    for (size k = 1; k < depth; k += 2, a += 2 * a_depth, b += 2 * NR) {
+        step(rows, sums, a, a_row, b);
+        step(rows, sums, a + a_depth, a_row, b + NR);
     }
+    if (depth % 2) step(rows, sums, a, a_row, b);
     finish(rows, sums, c, c_row, add);
 }
 
@@ -146,13 +165,9 @@ static inline __attribute__((always_inline)) void tile_of_panels(
     vec sums[MR][2];
     start(rows, sums, c, c_row);
     for (size p = 0; p < depth; p++, a += panel)
-        for (size k = 0; k < NR; k++, b += NR) {
-            vec left = load(b), right = load(b + LANES);
-            for (int i = 0; i < rows; i++) {
-                float x = a[i * NR + k];
-                sums[i][0] += x * left;
-                sums[i][1] += x * right;
-            }
+        for (size k = 0; k < NR; k += 2, b += 2 * NR) {
+            step(rows, sums, a + k, NR, b);
+            step(rows, sums, a + k + 1, NR, b + NR);
         }
     finish(rows, sums, c, c_row, add);
 }
@@ -455,13 +470,13 @@ static void backward_block(
                 for (size s = 0; s < padded; s += LANES) store(x + s, exponential(load(x + s) - level));
             }
         }
-        for (size j = 0; j < columns; j += DEPTH)
+        for (size j = 0; j < columns; j += PANELS * NR)
             for (size s = 0; s < count; s += NR)
                 for (size t = begin; t < end; t += MR) {
                     size rows = least(MR, end - t);
                     if (IN_VIEW(s, t + rows))
                         by_panels(
-                            rows, least(DEPTH, columns - j) / NR, row->heads + j / NR * apart(T) + t * NR, apart(T),
+                            rows, least(PANELS, (columns - j) / NR), row->heads + j / NR * apart(T) + t * NR, apart(T),
                             row->weighed + (first + s) * columns + j * NR, d_s + (t - begin) * KEYS + s, KEYS, j > 0
                         );
                 }
