@@ -35,7 +35,7 @@ enum {
     DEPTH = 512,   /* of a product before its sums are put down, so that NR columns of it stay in a near cache */
     PANELS = 7,    /* the same of a product of panels, each NR deep */
     KEYS = 96,     /* of a block, backward; a multiple of NR */
-    ROWS = 96,     /* queries that a block of keys meets at once, backward */
+    ROWS = 132,    /* queries that a block of keys meets at once, backward */
     LINES = 16,    /* tokens that are put into panels at once; fewer than KEYS */
     PARTS = 8,     /* of the keys, whose gradients of queries are added up apart */
     MOST_KEPT = 16 << 20, /* numbers in memory that is kept between calls */
