@@ -126,7 +126,7 @@ static inline __attribute__((always_inline)) void step(int rows, vec sums[MR][2]
         vec x;
         __asm__(
             "vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
-            : "+v"(sums[i][0]), "+v"(sums[i][1]), "=&v"(x)
+            : "+&v"(sums[i][0]), "+v"(sums[i][1]), "=&v"(x)
             : "m"(a[i * a_row]), "v"(left), "v"(right)
         );
 #else
