@@ -33,9 +33,9 @@
 enum {
     QUERIES = 96,  /* of a tile, forward */
     DEPTH = 512,   /* of a product before its sums are put down, so that NR columns of it stay in a near cache */
-    PANELS = 7,    /* the same of a product of panels, each NR deep */
+    PANELS = 7,    /* the same of a product of panels, each NR deep; of 4 to 32 the fastest at D = 768, n = 12 */
     KEYS = 96,     /* of a block, backward; a multiple of NR */
-    ROWS = 132,    /* queries that a block of keys meets at once, backward */
+    ROWS = 132,    /* queries that a block of keys meets at once, backward; a multiple of MR */
     LINES = 16,    /* tokens that are put into panels at once; fewer than KEYS */
     PARTS = 8,     /* of the keys, whose gradients of queries are added up apart */
     MOST_KEPT = 16 << 20, /* numbers in memory that is kept between calls */
@@ -107,7 +107,8 @@ static inline vec exponential(vec x) {
     return chosen(x == x, y, x);
 }
 
-/* Loops over the registers of a micro-kernel, written out: gcc keeps an array in registers only if it never has an index. */
+/* Loops over the registers of a micro-kernel, written out (MR is 12 at most): gcc keeps an array in registers only if all
+ * its indices are constants. */
 #define WRITTEN_OUT _Pragma("GCC unroll 12")
 
 /* Sums of a micro-kernel begin at zero; what they are added to is fetched meanwhile. */
